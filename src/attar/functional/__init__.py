@@ -1,0 +1,5 @@
+"""Pure tensor functions that the methods are made of: tensors in, tensors out, no state, no modules."""
+
+from attar.functional.logits import ensemble_log_probs, full_precision, gated_logits, kl_divergence, sigmoid_ramp
+
+__all__ = ["ensemble_log_probs", "full_precision", "gated_logits", "kl_divergence", "sigmoid_ramp"]
