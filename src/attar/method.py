@@ -1,0 +1,205 @@
+"""The contract of a distillation method: what it sees, what it declares and what it returns."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
+
+import torch
+from torch import Tensor, nn
+
+from attar.anatomy import Anatomy, Tap
+from attar.tasks import Classification
+from attar.teacher import Normalization, Teacher
+
+__all__ = ["Batch", "Method", "Outputs", "Probe", "Terms"]
+
+Weight = float | Tensor
+_M = TypeVar("_M", bound="Method")
+
+
+@dataclass(frozen=True)
+class Batch:
+    """One batch of training data.
+
+    Args:
+        images: [V*N, C, H, W], normalised; several views of the same samples stand view after view.
+        targets: [V*N] class indices, or [V*N, K] soft targets.
+        index: [V*N] stable sample numbers, for methods that remember samples.
+        labels: [V*N] class indices; None only where mixing has left no single label.
+        views: V.
+    """
+
+    images: Tensor
+    targets: Tensor
+    index: Tensor | None = None
+    labels: Tensor | None = None
+    views: int = 1
+
+    @classmethod
+    def of(cls, batch: Batch | Sequence[Tensor]) -> Batch:
+        """Accept a Batch or a plain (images, targets[, index]) tuple, as most data loaders yield it."""
+        if not isinstance(batch, Batch):
+            batch = cls(*batch[:3])
+        if batch.labels is None and not batch.targets.is_floating_point():
+            batch = dataclasses.replace(batch, labels=batch.targets)
+        return batch
+
+    def to(self, device: torch.device | str, non_blocking: bool = False) -> Batch:
+        """Return the batch on another device."""
+        move = {
+            field.name: value.to(device, non_blocking=non_blocking)
+            for field in dataclasses.fields(self)
+            if isinstance(value := getattr(self, field.name), Tensor)
+        }
+        return dataclasses.replace(self, **move)
+
+
+@dataclass(frozen=True)
+class Terms:
+    """What one training step yields: the student's logits and every named, unweighted loss with its weight.
+
+    Args:
+        logits: [V*N, K], the student's own.
+        losses: scalar tensors by name ("task", "ONE.kl"), in nats or the term's natural unit.
+        weights: what multiplies each; the same keys.
+    """
+
+    logits: Tensor
+    losses: dict[str, Tensor]
+    weights: dict[str, Weight]
+
+    def total(self) -> Tensor:
+        """Return the weighted sum of all terms: what `backward` is called on."""
+        return torch.stack([self.weights[name] * loss for name, loss in self.losses.items()]).sum()
+
+
+@dataclass(frozen=True)
+class Outputs:
+    """What the student produced in one pass.
+
+    Args:
+        images: what went in, [N, C, H, W].
+        logits: [N, K].
+        values: the recorded taps; index the outputs with a `Tap`, `outputs[tap]`.
+        anatomy: where the taps are.
+        task_loss: the supervised loss, `task_loss(logits, targets)`.
+        student: another pass of the same student inside this forward, `student(images) -> Outputs` (rotations,
+            partners); wrap it in `torch.no_grad()` for a pass that only teaches.
+    """
+
+    images: Tensor
+    logits: Tensor
+    values: dict[Tap, Any]
+    anatomy: Anatomy
+    task_loss: Callable[[Tensor, Tensor], Tensor]
+    student: Callable[[Tensor], Outputs]
+
+    def __getitem__(self, tap: Tap) -> Any:
+        return self.values[tap]
+
+    @property
+    def stages(self) -> list[Tensor]:
+        """The map of every stage, [N, C_i, H_i, W_i], shallow to deep."""
+        return [self.values[stage.tap] for stage in self.anatomy.stages]
+
+    @property
+    def embedding(self) -> Tensor:
+        """The pooled embedding [N, D] that the classifier reads (the pooled last stage where there is none)."""
+        if self.anatomy.embedding is not None:
+            return self.values[self.anatomy.embedding]  # type: ignore[no-any-return]
+        return self.stages[-1].mean(dim=(2, 3))
+
+
+@dataclass(frozen=True)
+class Probe:
+    """What a method may look at when it makes its auxiliaries.
+
+    Args:
+        student: the network to be deployed, to read, never to keep or change.
+        anatomy: its stages with channels and sizes.
+        task: what labels and loss mean.
+        images: a small example batch [N, C, H, W] on the student's device.
+        normalization: the mean and std with which images are normalised, when known.
+    """
+
+    student: nn.Module
+    anatomy: Anatomy
+    task: Classification
+    images: Tensor
+    normalization: Normalization | None = None
+
+
+class Method(nn.Module):
+    """One published way of producing and transferring knowledge while a student trains.
+
+    A method owns its auxiliaries (ordinary child modules: trained, saved, and gone after `strip`) and its teachers
+    (frozen, no children). It never owns the student and never runs a loop. Subclasses take hyper-parameters as
+    keyword arguments of `__init__`, whose names, types and defaults are also the options of the command line.
+
+    Every auxiliary must receive a gradient on every step: switch a term off by its weight, not by skipping it, or
+    distributed training waits for a gradient that never comes.
+    """
+
+    # How many independently augmented views of every image the batch must hold.
+    views: int = 1
+    # What only one method of a distiller may do ("task weight", "targets", "sampler"), with the reason in words.
+    claims: Mapping[str, str] = {}
+    # What the method cannot do without ("labels"), and what it takes from the others.
+    needs: ClassVar[frozenset[str]] = frozenset()
+    breaks: frozenset[str] = frozenset()
+
+    @property
+    def name(self) -> str:
+        """The name under which the method's terms are reported."""
+        return type(self).__name__
+
+    @property
+    def teachers(self) -> Sequence[Teacher]:
+        """Frozen networks that the method asks; they follow the method to its device but are no children of it."""
+        return ()
+
+    def build(self, probe: Probe) -> None:
+        """Make the auxiliaries from the student's shapes; called once, before the first step."""
+
+    def taps(self, anatomy: Anatomy) -> Sequence[Tap]:
+        """Return the taps that `losses` reads; called after `build`. Default: every stage and the embedding."""
+        taps = [stage.tap for stage in anatomy.stages]
+        return [*taps, anatomy.embedding] if anatomy.embedding is not None else taps
+
+    def prepare(self, batch: Batch) -> Batch:
+        """Change the batch before the student sees it (mixing, soft targets); default: leave it."""
+        return batch
+
+    def losses(self, outputs: Outputs, batch: Batch, progress: Tensor) -> dict[str, Tensor]:
+        """Return the method's named, unweighted scalar losses for one step."""
+        raise TypeError(f"{type(self).__name__} must define losses(outputs, batch, progress).")
+
+    def weights(self, progress: Tensor) -> Mapping[str, Weight]:
+        """Return what multiplies each loss at `progress`, a scalar tensor in [0, 1]; unnamed losses have weight 1."""
+        return {}
+
+    def task_weight(self, progress: Tensor) -> Weight:
+        """Return what multiplies the student's own supervised loss; a method that sets it claims "task weight"."""
+        return 1.0
+
+    def epoch_start(self, epoch: int, epochs: int) -> None:
+        """Do what is due once an epoch, outside the compiled step; default: nothing."""
+
+    def deployables(self, student: nn.Module) -> dict[str, nn.Module]:
+        """Return other networks that this training yields besides the plain student (an ensemble, an early exit).
+
+        They share the student's parameters until `Distiller.strip` copies the one that is asked for.
+        """
+        return {}
+
+    def _apply(self: _M, fn: Callable[..., Any], recurse: bool = True) -> _M:
+        for teacher in self.teachers:
+            teacher.apply(fn)
+        return super()._apply(fn, recurse)
+
+    if TYPE_CHECKING:
+        # nn.Module types every attribute as Tensor | Module; subclasses annotate what they set.
+        def __getattr__(self, name: str) -> Any: ...

@@ -1,0 +1,83 @@
+"""Teachers: frozen networks that answer, and never learn, move or get saved with the student."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from attar.errors import AttarError
+
+__all__ = ["Normalization", "Teacher"]
+
+
+class Normalization(NamedTuple):
+    """Per-channel mean and standard deviation of images in [0, 1]: a network sees `(x - mean) / std`."""
+
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+
+
+class Teacher:
+    """A frozen network, always in evaluation mode and without gradient, with its own input conventions.
+
+    It is deliberately no `nn.Module`: set as an attribute of a method it stays out of `parameters()`, `state_dict()`,
+    distributed buckets and `.train()`.
+
+    Args:
+        network: returns logits [N, K].
+        normalization: the mean and std that the network was trained with; images that arrive normalised for the
+            student are re-normalised. None: the network takes the student's images as they are.
+        image_size: side of the images the network wants; others are resized (bilinear). None: any size.
+        name: how errors and reports call it.
+    """
+
+    def __init__(
+        self,
+        network: nn.Module,
+        normalization: Normalization | Sequence[Sequence[float]] | None = None,
+        image_size: int | None = None,
+        name: str = "teacher",
+    ) -> None:
+        self.network = network.eval().requires_grad_(False)
+        self.normalization = Normalization(*map(tuple, normalization)) if normalization is not None else None
+        self.image_size = image_size
+        self.name = name
+        self._scale: Tensor | None = None
+        self._shift: Tensor | None = None
+
+    def adapt(self, student: Normalization | None, like: Tensor) -> None:
+        """Learn how the student's images are normalised, and move to the device and precision of `like`."""
+        self.network.to(device=like.device, dtype=like.dtype)
+        self._scale = self._shift = None
+        if self.normalization is None or student is None or student == self.normalization:
+            return
+        channels = {len(self.normalization.mean), len(student.mean)}
+        if len(channels) > 1:
+            raise AttarError(
+                f"The {self.name} is normalised over {len(self.normalization.mean)} channels and the student over "
+                f"{len(student.mean)}: give both the same number of channels."
+            )
+        mean_s, std_s, mean_t, std_t = (
+            torch.tensor(v, dtype=like.dtype, device=like.device).view(1, -1, 1, 1)
+            for v in (*student, *self.normalization)
+        )
+        self._scale, self._shift = std_s / std_t, (mean_s - mean_t) / std_t
+
+    @torch.no_grad()
+    def __call__(self, images: Tensor) -> Tensor:
+        """Return the teacher's logits [N, K] for images normalised for the student."""
+        if self._scale is not None and self._shift is not None:
+            images = images * self._scale + self._shift
+        if self.image_size is not None and images.shape[-2:] != (self.image_size, self.image_size):
+            images = F.interpolate(images, size=(self.image_size, self.image_size), mode="bilinear", antialias=True)
+        return self.network(images)  # type: ignore[no-any-return]
+
+    def apply(self, fn: Callable[..., Any]) -> None:
+        """Follow a method to another device or precision."""
+        self.network._apply(fn)
+        if self._scale is not None and self._shift is not None:
+            self._scale, self._shift = fn(self._scale), fn(self._shift)
