@@ -14,7 +14,7 @@ from torch import Tensor, fx, nn
 from attar.anatomy.taps import Tap
 from attar.errors import AttarError
 
-__all__ = ["Split", "redraw_", "split"]
+__all__ = ["Split", "redraw_", "replica", "split"]
 
 
 @dataclass(frozen=True)
@@ -329,9 +329,6 @@ def redraw_(module: nn.Module) -> nn.Module:
 
 
 def replica(tail: nn.Module) -> nn.Module:
-    """Return an independent copy of a tail with fresh weights and no hooks."""
+    """Return an independent copy of a tail with fresh weights."""
     twin = copy.deepcopy(tail)
-    for part in twin.modules():
-        part._forward_hooks.clear()
-        part._forward_pre_hooks.clear()
     return redraw_(twin)

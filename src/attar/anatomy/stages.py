@@ -62,19 +62,15 @@ class Anatomy:
     calls: tuple[Call, ...] = field(repr=False)
     prefix_tokens: int | None = None
 
-    def stage(self, name: str | int) -> Stage:
-        """Return a stage by its name or position (negative counts from the deepest)."""
-        if isinstance(name, int):
-            if not -len(self.stages) <= name < len(self.stages):
-                raise AttarError(f"There is no stage {name}: the network has {len(self.stages)} stages.")
-            return self.stages[name]
+    def find(self, name: str) -> Stage:
+        """Return the stage of that name, or describe the output of any other module as if it were one.
+
+        Raises:
+            AttarError: there is no such stage or module (with the nearest name), or its output is no feature map.
+        """
         for stage in self.stages:
             if stage.name == name:
                 return stage
-        raise unknown_name("stage", name, [stage.name for stage in self.stages])
-
-    def module_stage(self, name: str) -> Stage:
-        """Describe the output of any module as if it were a stage, for stages that the user names."""
         shapes = {call.module: call.shape for call in self.calls}
         if name not in shapes:
             raise unknown_name("stage or module", name, [n for n in shapes if n])
@@ -116,7 +112,7 @@ def survey(
         prefix_tokens=prefix,
     )
     if stages is not None:
-        found = [bare.module_stage(name) for name in stages]
+        found = [bare.find(name) for name in stages]
     else:
         found = _from_feature_info(network, calls, input_shape, prefix) or _from_shapes(calls, input_shape, prefix)
     if not found:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection, Iterable
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -26,7 +26,6 @@ class Tap:
         prefix_tokens: for "nld": class and register tokens in front of the grid, which are dropped.
         grid: for "nld": (H, W) of the token grid.
         call: which call of a module that runs several times in one pass (-1: the last).
-        clone: copy the value when it is read, because the network later overwrites it in place.
     """
 
     module: str
@@ -35,7 +34,6 @@ class Tap:
     prefix_tokens: int = 0
     grid: tuple[int, int] = (0, 0)
     call: int = -1
-    clone: bool = False
 
 
 def to_nchw(value: Any, tap: Tap) -> Any:
@@ -54,16 +52,21 @@ class Recorder:
     The hooks are registered once, before any compilation, and write into a dictionary that lives for one forward only:
     a dictionary filled by hooks of an earlier graph would be read by nobody (pytorch #173452).
     Outside `run` the hooks do nothing, so the network may also be called on its own.
+
+    Args:
+        network: what runs.
+        taps: what is recorded.
+        cloned: taps whose value is copied when it is read, because the network later overwrites it in place.
     """
 
-    def __init__(self, network: nn.Module, taps: Iterable[Tap]) -> None:
+    def __init__(self, network: nn.Module, taps: Iterable[Tap], cloned: Collection[Tap] = ()) -> None:
         self.network = network
         self.taps = tuple(dict.fromkeys(taps))
         self._values: dict[tuple[str, str], list[Any]] = {}
         self._recording = [False]
         self._handles: list[RemovableHandle] = []
         for path, side in dict.fromkeys((tap.module, tap.side) for tap in self.taps):
-            clone = any(t.clone for t in self.taps if (t.module, t.side) == (path, side))
+            clone = any((tap.module, tap.side) == (path, side) for tap in cloned)
             module = network.get_submodule(path)
             # Plain closures: copy.deepcopy of the network then shares them instead of copying this recorder.
             if side == "output":
@@ -104,6 +107,14 @@ class Recorder:
         for handle in self._handles:
             handle.remove()
         self._handles.clear()
+
+    def remove_from_copy(self, copied: nn.Module) -> None:
+        """Take the hooks off a deep copy of the network, which inherited them."""
+        ids = {handle.id for handle in self._handles}
+        for module in copied.modules():
+            for hooks in (module._forward_hooks, module._forward_pre_hooks):
+                for hook_id in ids & hooks.keys():
+                    del hooks[hook_id]
 
 
 def overwritten(network: nn.Module, taps: Iterable[Tap], images: Tensor) -> tuple[set[Tap], list[str]]:

@@ -1,0 +1,51 @@
+"""Prepare the next items in one background thread."""
+
+from __future__ import annotations
+
+import queue
+import threading
+from collections.abc import Iterator
+from typing import TypeVar
+
+__all__ = ["prefetch"]
+
+Item = TypeVar("Item")
+
+
+def prefetch(items: Iterator[Item], depth: int = 2) -> Iterator[Item]:
+    """Yield `items` in order, prepared up to `depth` ahead; an exception in `items` is raised in its place.
+
+    The thread starts with the first item asked for and has ended when the iterator is exhausted, closed, or dropped
+    (a `break` out of a loop over it).
+    """
+    ready: queue.Queue[tuple[Item | None, BaseException | None]] = queue.Queue(maxsize=depth)
+    stop = threading.Event()
+
+    def work() -> None:
+        try:
+            for item in items:
+                ready.put((item, None))
+                if stop.is_set():
+                    return
+            ready.put((None, StopIteration()))
+        except BaseException as error:
+            ready.put((None, error))
+
+    thread = threading.Thread(target=work, name="attar-prefetch", daemon=True)
+    thread.start()
+    try:
+        while True:
+            item, error = ready.get()
+            if isinstance(error, StopIteration):
+                return
+            if error is not None:
+                raise error
+            yield item  # type: ignore[misc]
+    finally:
+        stop.set()
+        while thread.is_alive():  # it may be blocked on a full queue: make room until it sees the stop
+            try:
+                ready.get(timeout=0.01)
+            except queue.Empty:
+                pass
+        thread.join()

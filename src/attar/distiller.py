@@ -1,0 +1,267 @@
+"""The distiller: a student and the methods that train it, in one forward."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from attar.anatomy import Anatomy, Recorder, Tap, overwritten, survey
+from attar.errors import AttarError, unknown_name
+from attar.method import Batch, Method, Outputs, Probe, Terms
+from attar.tasks import Classification
+from attar.teacher import Normalization
+
+__all__ = ["Distiller"]
+
+# Enough for batch statistics in the probe passes, few enough to cost nothing.
+_PROBE_IMAGES = 2
+
+
+class Distiller(nn.Module):
+    """A student and the methods that train it; its forward is the only forward of a training step.
+
+    Definition: `total = w_task L_task(z, y) + sum_methods sum_terms w L`, with the student's logits z from one pass
+    whose taps all methods share. Every auxiliary is a child module, so an optimiser, `DistributedDataParallel`,
+    `SyncBatchNorm` and `torch.compile` need nothing special; teachers are no children.
+
+    Args:
+        student: any module of images [N, C, H, W] -> logits [N, K].
+        methods: the methods that train it; none is plain supervised training.
+        task: what labels and the supervised loss mean.
+        normalization: the mean and std with which the images are normalised; teachers with their own need it.
+        stages: module paths to use as stages, where the ones found by themselves do not suit.
+
+    Raises:
+        AttarError: two methods that cannot work together, with the reason.
+
+    Example:
+        >>> import torch, attar
+        >>> student = torch.nn.Sequential(
+        ...     torch.nn.Conv2d(3, 8, 3, 2), torch.nn.ReLU(),
+        ...     torch.nn.Sequential(torch.nn.Conv2d(8, 16, 3, 2), torch.nn.ReLU()),
+        ...     torch.nn.AdaptiveAvgPool2d(1), torch.nn.Flatten(), torch.nn.Linear(16, 10))
+        >>> distiller = attar.Distiller(student, [attar.methods.ONE(branches=2, cut="1")], attar.Classification(10))
+        >>> _ = distiller.build(torch.randn(4, 3, 32, 32))
+        >>> terms = distiller((torch.randn(4, 3, 32, 32), torch.tensor([1, 2, 3, 4])), progress=torch.tensor(0.5))
+        >>> sorted(terms.losses)
+        ['ONE.ce_branches', 'ONE.ce_ensemble', 'ONE.kl', 'task']
+    """
+
+    def __init__(
+        self,
+        student: nn.Module,
+        methods: Sequence[Method] = (),
+        task: Classification | None = None,
+        *,
+        normalization: Normalization | Sequence[Sequence[float]] | None = None,
+        stages: Sequence[str] | None = None,
+    ) -> None:
+        super().__init__()
+        if task is None:
+            raise AttarError("Give the distiller a task, for example task=attar.Classification(num_classes=10).")
+        names = [method.name for method in methods]
+        for name in names:
+            if names.count(name) > 1:
+                raise AttarError(f"{name} is given {names.count(name)} times: give each method once.")
+        refuse_impossible(methods)
+        self.student = student
+        self.methods = nn.ModuleDict({method.name: method for method in methods})
+        self.task = task
+        self.normalization = Normalization(*map(tuple, normalization)) if normalization is not None else None
+        self._stages = tuple(stages) if stages is not None else None
+        self._keys = tuple(student.state_dict())
+        self._anatomy: Anatomy | None = None
+        self._recorder: Recorder | None = None
+        self._example: Tensor | None = None
+        self._made_out_of_place: tuple[str, ...] = ()
+
+    def build(self, example_images: Tensor) -> Distiller:
+        """Probe the student once on example images [N, C, H, W] and make every auxiliary; return the distiller.
+
+        The student's weights, buffers and mode are left as they are. Auxiliaries are drawn from torch's global
+        generator: seed it for a repeatable run.
+
+        Raises:
+            AttarError: the student refuses the images, its output is not [N, num_classes], a stage does not exist, or
+                a method cannot work on this student.
+        """
+        if self._recorder is not None:
+            raise AttarError("The distiller is built already: make a new one for another student.")
+        if example_images.ndim != 4:
+            raise AttarError(f"Example images must be [N, C, H, W], not {list(example_images.shape)}.")
+        images = example_images[:_PROBE_IMAGES].detach()
+        anatomy, output = survey(self.student, images, self._stages, self.task.num_classes)
+        self.task.check_logits(output)
+        probe = Probe(self.student, anatomy, self.task, images, self.normalization)
+        taps: list[Tap] = []
+        for method in self._methods():
+            method.build(probe)
+            # Auxiliaries are made in float32 on the CPU; teachers have been adapted to the images by `build`.
+            nn.Module.to(method, device=images.device, dtype=images.dtype)
+            taps += method.taps(anatomy)
+        training = {module: module.training for module in self.student.modules()}
+        self.student.eval()
+        cloned, self._made_out_of_place = self._guard(taps, images)
+        for module, mode in training.items():
+            module.training = mode
+        self._recorder = Recorder(self.student, taps, cloned)
+        self._anatomy = anatomy
+        self._example = images
+        return self
+
+    def _guard(self, taps: Sequence[Tap], images: Tensor) -> tuple[set[Tap], tuple[str, ...]]:
+        """Keep tapped tensors from being overwritten: in-place activations are switched off, the rest is copied."""
+        touched, writers = overwritten(self.student, taps, images)
+        for path in writers:
+            self.student.get_submodule(path).inplace = False  # type: ignore[assignment]
+        if writers:
+            touched, _ = overwritten(self.student, taps, images)
+        return touched, tuple(writers)
+
+    def _methods(self) -> list[Method]:
+        return [method for method in self.methods.values() if isinstance(method, Method)]
+
+    @property
+    def anatomy(self) -> Anatomy:
+        """The student's stages and taps; known after `build`."""
+        if self._anatomy is None:
+            raise AttarError("Call build(example_images) on the distiller before using it.")
+        return self._anatomy
+
+    @property
+    def views(self) -> int:
+        """How many augmented views of every image a batch must hold."""
+        return max((method.views for method in self._methods()), default=1)
+
+    def forward(self, batch: Batch | Sequence[Tensor], progress: Tensor | float) -> Terms:
+        """Run one training step's only forward.
+
+        Args:
+            batch: a `Batch` or a plain (images, targets[, index]) tuple.
+            progress: fraction of the whole run that is done, in [0, 1]; a scalar tensor, so that compiled steps are
+                not compiled again when it changes.
+        """
+        batch = Batch.of(batch)
+        if batch.views < self.views:
+            raise AttarError(f"The methods need {self.views} views of every image, but the batch holds {batch.views}.")
+        if not isinstance(progress, Tensor):
+            progress = torch.tensor(float(progress), device=batch.images.device)
+        methods = self._methods()
+        for method in methods:
+            batch = method.prepare(batch)
+        outputs = self._pass(batch.images)
+        task_weight: Tensor | float = 1.0
+        losses = {"task": self.task.loss(outputs.logits, batch.targets)}
+        weights: dict[str, Tensor | float] = {}
+        for method in methods:
+            task_weight = task_weight * method.task_weight(progress)
+            declared = method.weights(progress)
+            for term, loss in method.losses(outputs, batch, progress).items():
+                losses[f"{method.name}.{term}"] = loss
+                weights[f"{method.name}.{term}"] = declared.get(term, 1.0)
+        return Terms(outputs.logits, losses, {"task": task_weight, **weights})
+
+    def _pass(self, images: Tensor) -> Outputs:
+        if self._recorder is None:
+            raise AttarError("Call build(example_images) on the distiller before its first step.")
+        logits, values = self._recorder.run(images)
+        if not isinstance(logits, Tensor):
+            self.task.check_logits(logits)
+        return Outputs(images, logits, values, self.anatomy, self.task.loss, self._pass)
+
+    def epoch_start(self, epoch: int, epochs: int) -> None:
+        """Tell every method that an epoch begins (0-based)."""
+        for method in self._methods():
+            method.epoch_start(epoch, epochs)
+
+    def deployables(self) -> dict[str, nn.Module]:
+        """Networks besides the plain student that this training yields, by name ("ONE.ensemble")."""
+        return {
+            f"{method.name}.{name}": network
+            for method in self._methods()
+            for name, network in method.deployables(self.student).items()
+        }
+
+    def strip(self, deployable: str | None = None, *, prove_export: bool = True) -> nn.Module:
+        """Give back the plain student, proved: original class, original keys, bit-identical logits, exportable.
+
+        Returns a copy in evaluation mode with no trace of the distiller; training may go on afterwards.
+
+        Args:
+            deployable: name of another network to give back instead (see `deployables`).
+            prove_export: also prove that `torch.export` accepts it.
+
+        Raises:
+            AttarError: any part of the proof fails.
+        """
+        if self._recorder is None or self._example is None:
+            raise AttarError("Call build(example_images) on the distiller before strip().")
+        if deployable is None:
+            source: nn.Module = self.student
+        else:
+            others = self.deployables()
+            if deployable not in others:
+                raise unknown_name("deployable network", deployable, others)
+            source = others[deployable]
+        stripped = copy.deepcopy(source).eval().requires_grad_(True)
+        self._recorder.remove_from_copy(stripped)
+        if deployable is None:
+            for path in self._made_out_of_place:
+                stripped.get_submodule(path).inplace = True  # type: ignore[assignment]
+        self._prove(source, stripped, plain=deployable is None, export=prove_export)
+        return stripped
+
+    def _prove(self, source: nn.Module, stripped: nn.Module, *, plain: bool, export: bool) -> None:
+        assert self._example is not None
+        example = self._example.to(next(source.parameters()).device)
+        if plain and (type(stripped) is not type(self.student) or tuple(stripped.state_dict()) != self._keys):
+            raise AttarError("The stripped student has not its original class and keys: was it changed after build?")
+        modes = {module: module.training for module in source.modules()}
+        source.eval()
+        with torch.no_grad():
+            before, after = source(example), stripped(example)
+        for module, mode in modes.items():
+            module.training = mode
+        if not torch.equal(before, after) and not (before.isnan() | (before == after)).all():
+            raise AttarError("The stripped network does not give the same logits to the last bit: it is not returned.")
+        if export:
+            try:
+                torch.export.export(stripped, (example,))
+            except Exception as error:  # torch.export raises many kinds
+                reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+                raise AttarError(
+                    f"torch.export refuses the stripped {type(stripped).__name__} ({reason}): "
+                    "use strip(prove_export=False) if it need not be exported."
+                ) from error
+
+    def __getstate__(self) -> dict[str, Any]:
+        state = super().__getstate__()  # type: ignore[misc]
+        if state.get("_recorder") is not None:
+            raise AttarError("A built distiller is not pickled or copied whole: save its state_dict() instead.")
+        return state  # type: ignore[no-any-return]
+
+
+def refuse_impossible(methods: Sequence[Method]) -> None:
+    """Raise for methods that claim one resource twice, or need what another takes away."""
+    claimed: dict[str, tuple[Method, str]] = {}
+    for method in methods:
+        for resource, reason in method.claims.items():
+            if resource in claimed:
+                other, other_reason = claimed[resource]
+                raise AttarError(
+                    f"{other.name} and {method.name} cannot be combined, since both set the {resource} "
+                    f"({other_reason}; {reason}): leave one out."
+                )
+            claimed[resource] = (method, reason)
+    for method in methods:
+        for other in methods:
+            missing = method.needs & other.breaks
+            if missing and other is not method:
+                raise AttarError(
+                    f"{method.name} needs {', '.join(sorted(missing))}, which {other.name} as configured takes away: "
+                    "leave one out."
+                )

@@ -1,0 +1,29 @@
+"""The methods: one file per published method, one import line here."""
+
+from attar.method import Method
+from attar.methods.kd import KD
+from attar.methods.one import ONE
+from attar.methods.supervised import Supervised
+
+__all__ = ["KD", "ONE", "Supervised", "available", "find"]
+
+
+def available() -> dict[str, type[Method]]:
+    """Every method by name, in alphabetical order."""
+    found = {name: value for name, value in globals().items() if isinstance(value, type) and issubclass(value, Method)}
+    found.pop("Method")
+    return dict(sorted(found.items()))
+
+
+def find(name: str) -> type[Method]:
+    """Return the method of that name, whatever its case.
+
+    Raises:
+        AttarError: there is none; the message names the nearest.
+    """
+    from attar.errors import unknown_name
+
+    folded = {known.casefold(): method for known, method in available().items()}
+    if name.casefold() not in folded:
+        raise unknown_name("method", name, available())
+    return folded[name.casefold()]

@@ -1,0 +1,159 @@
+"""Specs: the complete, typed, frozen description of a run; one source for the command line, recipes and Python."""
+
+from __future__ import annotations
+
+import hashlib
+import inspect
+import json
+import types
+import typing
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Annotated, Any, Literal, TypeVar
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, create_model
+
+from attar.errors import AttarError, unknown_name
+
+__all__ = ["MethodSpec", "TrainSpec", "method_options", "parse"]
+
+
+S = TypeVar("S", bound=BaseModel)
+
+
+class _Spec(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class MethodSpec(_Spec):
+    """One method and the options that differ from its defaults.
+
+    Args:
+        name: as listed by `attar methods`.
+        options: keyword arguments of the method; a teacher is given as the run folder that trained it, or as
+            MODEL=FILE with a weights file.
+    """
+
+    name: str
+    options: dict[str, Any] = Field(default_factory=dict)
+
+
+class TrainSpec(_Spec):
+    """One training run. Two runs with equal specs on equal data give bit-identical students on one CPU."""
+
+    methods: Annotated[tuple[MethodSpec, ...], Field(description="What trains the student; none is plain training.")]
+    model: Annotated[str, Field(description="Any timm model (attar's CIFAR networks included) or torchvision:NAME.")]
+    data: Annotated[
+        str,
+        Field(description="digits, a torchvision data set, a folder of class folders, parquet:DIR or hf:OWNER/NAME."),
+    ]
+    model_options: Annotated[
+        dict[str, Any], Field(default_factory=dict, description="Further keyword arguments of the model.")
+    ]
+    weights: Annotated[str | None, Field(description="Start from this safetensors or weights-only file.")] = None
+    stages: Annotated[tuple[str, ...] | None, Field(description="Modules to use as stages.")] = None
+
+    image_size: Annotated[int | None, Field(ge=4, description="Side of the images; default: the data's own.")] = None
+    augment: Annotated[str | None, Field(description="Augmentation preset; default: what suits the data.")] = None
+    holdout: Annotated[float, Field(gt=0, lt=1, description="Share of the training data held out for selection.")] = 0.1
+    split_seed: Annotated[int, Field(ge=0, description="Seed of the hold-out split; keep it when seeds vary.")] = 0
+    skip_bad_images: Annotated[bool, Field(description="Count and skip unreadable images instead of stopping.")] = False
+    train_limit: Annotated[
+        int | None, Field(ge=2, description="Use only this many training images, stratified over classes.")
+    ] = None
+
+    epochs: Annotated[int, Field(ge=1, description="Passes over the training data.")] = 100
+    batch: Annotated[int, Field(ge=1, description="Images per step over all processes together.")] = 128
+    keep_last: Annotated[bool, Field(description="Train on the last, smaller batch of an epoch too.")] = False
+    optimizer: Literal["sgd", "adamw"] = "sgd"
+    lr: Annotated[float, Field(gt=0, description="Peak learning rate.")] = 0.1
+    weight_decay: Annotated[float, Field(ge=0)] = 5e-4
+    momentum: Annotated[float, Field(ge=0, lt=1, description="Of SGD.")] = 0.9
+    nesterov: Annotated[bool, Field(description="Nesterov momentum in SGD.")] = True
+    schedule: Annotated[Literal["cosine", "step", "constant"], Field(description="How the rate falls.")] = "cosine"
+    warmup: Annotated[float, Field(ge=0, lt=1, description="Share of the run over which the rate rises.")] = 0.05
+    milestones: Annotated[tuple[float, ...], Field(description="Shares of the run where the step schedule falls.")] = (
+        0.5,
+        0.75,
+    )
+    gamma: Annotated[float, Field(gt=0, le=1, description="Factor of each fall of the step schedule.")] = 0.1
+    clip_grad: Annotated[float | None, Field(gt=0, description="Clip the gradient norm to this.")] = None
+    ema: Annotated[
+        float | None, Field(gt=0, lt=1, description="Also keep an exponential moving average with this decay.")
+    ] = None
+    progress: Annotated[
+        Literal["step", "epoch"],
+        Field(description="Methods' schedules move by the step, or once per epoch as most released code does."),
+    ] = "step"
+
+    precision: Annotated[
+        Literal["auto", "fp32", "bf16"], Field(description="auto: bf16 where the hardware computes in it.")
+    ] = "auto"
+    channels_last: bool = True
+    compile: Annotated[Literal["auto", "on", "off"], Field(description="auto: on GPUs, in runs that repay it.")] = "auto"
+    seed: Annotated[int, Field(ge=0, description="Of weights, order and augmentation.")] = 0
+
+    def fingerprint(self) -> str:
+        """A short name for everything in the spec: equal specs, equal fingerprints."""
+        return hashlib.sha256(json.dumps(self.model_dump(mode="json"), sort_keys=True).encode()).hexdigest()[:16]
+
+    def save(self, path: Path) -> None:
+        """Write the resolved spec as JSON."""
+        path.write_text(json.dumps(self.model_dump(mode="json"), indent=2, sort_keys=True) + "\n", encoding="utf-8")
+
+    @classmethod
+    def load(cls, path: Path) -> TrainSpec:
+        """Read a saved spec.
+
+        Raises:
+            AttarError: the file is missing, no JSON, or no spec of this version.
+        """
+        try:
+            return parse(cls, json.loads(path.read_text(encoding="utf-8")))
+        except (OSError, ValueError) as error:
+            if isinstance(error, AttarError):
+                raise AttarError(f"{path} is no spec of this version of attar: {error}") from error
+            raise AttarError(f"{path} cannot be read as a spec: {error}") from error
+
+
+def parse(kind: type[S], values: Mapping[str, Any]) -> S:
+    """Validate values into a spec; the first mistake becomes one sentence with the nearest valid name."""
+    try:
+        return kind.model_validate(dict(values))
+    except ValidationError as error:
+        raise _sentence(error, kind) from error
+
+
+def _sentence(error: ValidationError, kind: type[BaseModel]) -> AttarError:
+    first = error.errors()[0]
+    name = ".".join(str(part) for part in first["loc"])
+    if first["type"] == "extra_forbidden":
+        return unknown_name("option", name, kind.model_fields)
+    if first["type"] == "missing":
+        return AttarError(f"Option '{name}' must be given.")
+    return AttarError(f"Option '{name}' cannot be {first['input']!r}: {first['msg'].lower()}.")
+
+
+def method_options(method: type) -> type[BaseModel]:
+    """Derive the options of a method from its constructor: names, types and defaults in one place.
+
+    Arguments that are networks (teachers) become strings: a run folder, or MODEL=FILE. Arguments that only make sense
+    in Python (a module of the student's own layers) are left out.
+    """
+    fields: dict[str, Any] = {}
+    hints = typing.get_type_hints(method.__init__)  # type: ignore[misc]
+    for name, parameter in inspect.signature(method).parameters.items():
+        kind = hints.get(name, Any)
+        if _mentions(kind, "Teacher"):
+            kind = tuple[str, ...]
+        elif _mentions(kind, "Module"):
+            continue
+        default = ... if parameter.default is inspect.Parameter.empty else parameter.default
+        fields[name] = (kind, default)
+    return create_model(f"{method.__name__}Options", __config__=ConfigDict(frozen=True, extra="forbid"), **fields)
+
+
+def _mentions(kind: Any, name: str) -> bool:
+    if isinstance(kind, type) and not isinstance(kind, types.GenericAlias):
+        return kind.__name__ == name
+    return any(_mentions(part, name) for part in typing.get_args(kind))
