@@ -15,14 +15,14 @@ import shutil
 import tempfile
 import zipfile
 from collections.abc import Iterator
-from contextlib import closing, contextmanager
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 from filelock import FileLock
 
-from attar.data.images import BadImage
+from attar.data.images import BadImageError
 from attar.data.reader import Reader, digest
 from attar.data.scan import Progress, Scan, join, scan_chunks
 from attar.errors import AttarError
@@ -63,7 +63,7 @@ def cached_scan(
     root = cache_root(cache_dir) / "images"
     folder = root / digest([_FORMAT, reader.key.encode(), str((*size, keep_pixels)).encode()])
     needed = len(reader) * size[0] * size[1] * 3 if keep_pixels else 0
-    with writing(root, needed), closing(chunks):
+    with writing(root, needed):
         found = _open(folder, size, keep_pixels)
         if found is None:
             root.mkdir(parents=True, exist_ok=True)
@@ -76,7 +76,7 @@ def cached_scan(
     if found is None:
         raise AttarError(f"The image cache under '{root}' was changed while it was made: run again.")
     if found.skipped and not skip_bad_images:
-        raise BadImage(found.skipped[0], "it could not be read when the images were cached")
+        raise BadImageError(found.skipped[0], "it could not be read when the images were cached")
     return found
 
 
@@ -93,7 +93,7 @@ def writing(root: Path, needed: int = 0) -> Iterator[None]:
             ) from error
         if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EEXIST):
             raise AttarError(
-                f"Cannot write the image cache under '{root}' ({error.strerror}): point ATTAR_CACHE to a folder of yours."
+                f"Cannot write the image cache under '{root}' ({error.strerror}): point ATTAR_CACHE to your own folder."
             ) from error
         raise
 

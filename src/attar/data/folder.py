@@ -12,7 +12,7 @@ from attar.errors import AttarError, unknown_name
 
 __all__ = ["open_folder"]
 
-_EXTENSIONS = frozenset(".jpg .jpeg .png .ppm .pgm .pbm .bmp .gif .tif .tiff .webp".split())
+_EXTENSIONS = frozenset([".jpg", ".jpeg", ".png", ".ppm", ".pgm", ".pbm", ".bmp", ".gif", ".tif", ".tiff", ".webp"])
 _TEST_NAMES = ("test", "val", "validation", "valid")
 
 

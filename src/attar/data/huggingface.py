@@ -179,11 +179,13 @@ def _classes(train: Any, label: str) -> tuple[tuple[str, ...], dict[str, int] | 
         return names, {name: number for number, name in enumerate(names)}
     if all(isinstance(value, int) for value in values):
         return tuple(str(number) for number in range(max(values, default=-1) + 1)), None
-    raise AttarError(f"Column '{label}' holds neither integers nor strings in every row: labels must be one or the other.")
+    raise AttarError(
+        f"Column '{label}' holds neither integers nor strings in every row: labels must be one or the other."
+    )
 
 
 def _targets(data: Any, label: str, numbers: dict[str, int] | None, split: str) -> NDArray[np.int64]:
-    values = data.with_format(None)[:][label] if len(data) else []
+    values = data.with_format("arrow")[:][label].to_pylist()  # of this column only: no image is decoded
     if numbers is not None:
         for row, value in enumerate(values):
             if value not in numbers:

@@ -7,17 +7,17 @@ import warnings
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, UnidentifiedImageError
 
 from attar.errors import AttarError
 
-__all__ = ["BadImage", "Pixels", "decode", "fit", "native_size"]
+__all__ = ["BadImageError", "Pixels", "decode", "fit", "native_size"]
 
 Pixels = NDArray[np.uint8]
 _ORIENTATION = 0x0112
 
 
-class BadImage(AttarError):
+class BadImageError(AttarError):
     """An image that cannot be read; `name` says which one and `reason` why."""
 
     def __init__(self, name: str, reason: str) -> None:
@@ -28,40 +28,40 @@ class BadImage(AttarError):
         self.name = name
         self.reason = reason
 
-    def __reduce__(self) -> tuple[type[BadImage], tuple[str, str]]:
-        return BadImage, (self.name, self.reason)
+    def __reduce__(self) -> tuple[type[BadImageError], tuple[str, str]]:
+        return BadImageError, (self.name, self.reason)
 
 
 def decode(data: bytes | Pixels, name: str, draft: int | None = None) -> Image.Image:
     """Decode one image to RGB, 8 bits a channel, turned upright as its EXIF orientation says.
 
     Grey, palette, CMYK and transparent images are converted (transparency is dropped, as torchvision does); 16-bit
-    grey is scaled to 8 bits. `draft` lets a JPEG be decoded at a reduced size whose sides are at least that many pixels.
+    grey is scaled to 8 bits. `draft` lets a JPEG be decoded at a reduced size, its sides at least that many pixels.
 
     Raises:
-        BadImage: empty, truncated, unrecognised or 32-bit data.
+        BadImageError: empty, truncated, unrecognised or 32-bit data.
     """
     if isinstance(data, np.ndarray):
         return Image.fromarray(data).convert("RGB")
     if not data:
-        raise BadImage(name, "it is empty")
+        raise BadImageError(name, "it is empty")
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # Pillow's remarks on odd palettes and metadata help nobody here
-            image = Image.open(io.BytesIO(data))
+            image: Image.Image = Image.open(io.BytesIO(data))
             if draft is not None:
                 image.draft("RGB", (draft, draft))
             if image.getexif().get(_ORIENTATION, 1) != 1:
                 image = ImageOps.exif_transpose(image)
             return _to_rgb(image)
-    except (MemoryError, BadImage):
+    except (MemoryError, BadImageError):
         raise
     except Exception as error:  # decoders raise almost anything on a damaged file: OSError, SyntaxError, struct.error
-        raise BadImage(name, _reason(error)) from error
+        raise BadImageError(name, _reason(error)) from error
 
 
 def _reason(error: Exception) -> str:
-    if isinstance(error, Image.UnidentifiedImageError):
+    if isinstance(error, UnidentifiedImageError):
         return "it is not an image"
     return (str(error).splitlines() or [type(error).__name__])[0].rstrip(".")
 

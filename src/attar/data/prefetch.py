@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import queue
 import threading
 from collections.abc import Iterator
 from typing import TypeVar
+
+import torch
 
 __all__ = ["prefetch"]
 
@@ -19,9 +22,14 @@ def prefetch(items: Iterator[Item], depth: int = 2) -> Iterator[Item]:
     (a `break` out of a loop over it).
     """
     ready: queue.Queue[tuple[Item | None, BaseException | None]] = queue.Queue(maxsize=depth)
-    stop = threading.Event()
+    started, stop = threading.Event(), threading.Event()
 
     def work() -> None:
+        # Torch keeps a thread count per thread and a global default for new ones. This thread gets one, for otherwise it
+        # would take processors from the training step; everybody else keeps the old default, put back below.
+        torch.set_num_threads(1)
+        torch.get_num_threads()  # settles this thread's count before the default is put back
+        started.set()
         try:
             for item in items:
                 ready.put((item, None))
@@ -32,7 +40,10 @@ def prefetch(items: Iterator[Item], depth: int = 2) -> Iterator[Item]:
             ready.put((None, error))
 
     thread = threading.Thread(target=work, name="attar-prefetch", daemon=True)
+    threads = torch.get_num_threads()
     thread.start()
+    started.wait()
+    torch.set_num_threads(threads)
     try:
         while True:
             item, error = ready.get()
@@ -44,8 +55,6 @@ def prefetch(items: Iterator[Item], depth: int = 2) -> Iterator[Item]:
     finally:
         stop.set()
         while thread.is_alive():  # it may be blocked on a full queue: make room until it sees the stop
-            try:
+            with contextlib.suppress(queue.Empty):
                 ready.get(timeout=0.01)
-            except queue.Empty:
-                pass
         thread.join()

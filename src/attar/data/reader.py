@@ -12,7 +12,7 @@ from typing import Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from attar.data.images import BadImage, Pixels
+from attar.data.images import BadImageError, Pixels
 from attar.errors import AttarError
 
 __all__ = ["ArrayReader", "FileReader", "Origin", "Reader", "check_labels", "digest", "stat_key"]
@@ -21,8 +21,13 @@ __all__ = ["ArrayReader", "FileReader", "Origin", "Reader", "check_labels", "dig
 class Reader(Protocol):
     """Random access to one split as it lies on disk or in memory; rows are numbered 0..N-1 in a fixed order."""
 
-    targets: NDArray[np.int64]
-    key: str | None  # changes whenever the images may have changed; None: already in memory, never cached on disk
+    @property
+    def targets(self) -> NDArray[np.int64]:
+        """The label of each row, [N]."""
+
+    @property
+    def key(self) -> str | None:
+        """A string that changes whenever the images may have; None: in memory already, not worth caching on disk."""
 
     def __len__(self) -> int: ...
 
@@ -62,7 +67,8 @@ class ArrayReader:
 
     def read(self, row: int) -> Pixels:
         """Return the pixels of one image, [H, W] or [H, W, 3]."""
-        return self.pixels[row]
+        pixels: Pixels = self.pixels[row]
+        return pixels
 
 
 class FileReader:
@@ -85,7 +91,7 @@ class FileReader:
         try:
             return self.paths[row].read_bytes()
         except OSError as error:
-            raise BadImage(self.name(row), error.strerror or type(error).__name__) from error
+            raise BadImageError(self.name(row), error.strerror or type(error).__name__) from error
 
 
 def digest(parts: Iterable[bytes | NDArray[np.generic]]) -> str:

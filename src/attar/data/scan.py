@@ -8,11 +8,12 @@ import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from attar.data.images import BadImage, Pixels, decode, fit
+from attar.data.images import BadImageError, Pixels, decode, fit
 from attar.data.reader import Reader
 from attar.errors import AttarError
 
@@ -52,7 +53,7 @@ def scan_chunks(
     """Decode all images in order, a chunk at a time, at `size` = (height, width); consume to the end or close.
 
     Raises:
-        BadImage: an unreadable image, unless they are skipped.
+        BadImageError: an unreadable image, unless they are skipped.
         AttarError: no readable image at all.
     """
     total = len(reader)
@@ -65,9 +66,10 @@ def scan_chunks(
     report = _Bar(total) if progress is None else progress
     threads = _threads(reader)
     pool = ThreadPoolExecutor(threads) if threads > 1 else None
+    decoded = pool.map(decode_chunk, starts) if pool else map(decode_chunk, starts)
     good = 0
     try:
-        for start, chunk in zip(starts, pool.map(decode_chunk, starts) if pool else map(decode_chunk, starts)):
+        for start, chunk in zip(starts, decoded, strict=True):
             good += len(chunk.rows)
             yield chunk
             report(min(start + step, total), total)
@@ -94,12 +96,15 @@ def join(chunks: list[Scan], pixels: Pixels | None) -> Scan:
 
 def _decode(reader: Reader, rows: range, size: tuple[int, int], keep_pixels: bool, skip_bad_images: bool) -> Scan:
     pixels = np.empty((len(rows), *size, 3), np.uint8)
-    kept, sizes, digests, skipped = [], [], [], []
+    kept: list[int] = []
+    sizes: list[tuple[int, int]] = []
+    digests: list[int] = []
+    skipped: list[str] = []
     for row in rows:
         try:
             # Kept pixels are what the student sees, so they are decoded in full; a reduced decode is for moments only.
             image = decode(reader.read(row), reader.name(row), draft=None if keep_pixels else max(size))
-        except BadImage as error:
+        except BadImageError as error:
             if not skip_bad_images:
                 raise
             skipped.append(error.name)
@@ -136,7 +141,7 @@ class _Bar:
     def __init__(self, total: int) -> None:
         self.total = total
         self.started = time.monotonic()
-        self.bar = None
+        self.bar: Any = None
 
     def __call__(self, done: int, total: int) -> None:
         if self.bar is None and time.monotonic() - self.started > _BAR_AFTER_SECONDS:

@@ -13,7 +13,7 @@ from attar.data.cache import cache_root, cached_scan, writing
 from attar.data.digits import open_digits
 from attar.data.folder import open_folder
 from attar.data.huggingface import open_hub, open_parquet
-from attar.data.images import BadImage, Pixels, native_size
+from attar.data.images import BadImageError, Pixels, native_size
 from attar.data.reader import Origin, Reader, check_labels, digest
 from attar.data.scan import Progress, Scan
 from attar.data.torchvision_sets import TORCHVISION_NAMES, open_torchvision
@@ -144,8 +144,7 @@ def open_source(
     _check(origin)
     if not 0 <= holdout < 1:
         raise AttarError(f"The hold-out must be a fraction from 0 to below 1, not {holdout}.")
-    native, mixed = _native_size(origin.train)
-    size = _trained_size(image_size, native, mixed, origin.train)
+    size = _trained_size(image_size, *_native_size(origin.train))
     keep_pixels = max(size) <= CACHED_UP_TO
 
     def scan(reader: Reader) -> Scan:
@@ -171,6 +170,8 @@ def open_source(
     else:
         held_out = _part(train, "holdout", np.arange(0))
     mean, std = _statistics(found, train.rows)
+    sizes, counts = np.unique(found.sizes, axis=0, return_counts=True)
+    native = sizes[counts.argmax()]
     return Source(
         name=str(name),
         classes=origin.classes,
@@ -180,8 +181,8 @@ def open_source(
         mean=mean,
         std=std,
         image_size=size,
-        native_size=native,
-        mixed_sizes=bool((found.sizes != found.sizes[0]).any()),
+        native_size=(int(native[0]), int(native[1])),
+        mixed_sizes=len(counts) > 1,
         skipped=found.skipped + (found_test.skipped if found_test is not None else ()),
         fingerprint=_fingerprint(origin.classes, [(found, train), (found, held_out), (found_test or found, test)]),
         default_augmentation=origin.default_augmentation,
@@ -221,25 +222,25 @@ def _check(origin: Origin) -> None:
             check_labels(reader, len(origin.classes))
 
 
-def _native_size(reader: Reader) -> tuple[tuple[int, int], bool]:
-    """Return the most common size among evenly spaced images, and whether they differ."""
+def _native_size(reader: Reader) -> tuple[tuple[int, int], bool, int]:
+    """Return the most common size among evenly spaced images, whether they differ, and the median shorter side."""
     probed = np.unique(np.linspace(0, len(reader) - 1, _PROBED).astype(int))
     sizes = [size for row in probed if (size := _probe(reader, int(row))) is not None]
     if not sizes:
-        return (_LARGE_SIZE, _LARGE_SIZE), False  # all damaged: the scan says so and names one
+        return (1, 1), False, 1  # all damaged: the scan says so and names one
     counts = Counter(sizes)
-    return counts.most_common(1)[0][0], len(counts) > 1
+    return counts.most_common(1)[0][0], len(counts) > 1, int(np.median([min(size) for size in sizes]))
 
 
 def _probe(reader: Reader, row: int) -> tuple[int, int] | None:
     try:
         return native_size(reader.read(row))
-    except BadImage:
+    except BadImageError:
         return None
 
 
 def _trained_size(
-    asked: int | tuple[int, int] | None, native: tuple[int, int], mixed: bool, reader: Reader
+    asked: int | tuple[int, int] | None, native: tuple[int, int], mixed: bool, median_side: int
 ) -> tuple[int, int]:
     if asked is not None:
         size = (asked, asked) if isinstance(asked, int) else (asked[0], asked[1])
@@ -248,9 +249,8 @@ def _trained_size(
         return size
     if not mixed:
         return native if max(native) <= CACHED_UP_TO else (_LARGE_SIZE, _LARGE_SIZE)
-    rows = np.unique(np.linspace(0, len(reader) - 1, _PROBED).astype(int))
-    side = int(np.median([min(size) for row in rows if (size := _probe(reader, int(row))) is not None]))
-    return (min(side, _LARGE_SIZE),) * 2
+    side = min(median_side, _LARGE_SIZE)
+    return side, side
 
 
 def _split(name: str, reader: Reader, found: Scan, size: tuple[int, int]) -> Split:
@@ -264,7 +264,7 @@ def _part(split: Split, name: str, positions: NDArray[np.int64]) -> Split:
 
 
 def _set_aside(split: Split, name: str, fraction: float, seed: int, classes: tuple[str, ...]) -> tuple[Split, Split]:
-    """Cut a stratified `fraction` off `split`, the same one for the same images and seed; both parts keep their order."""
+    """Cut a stratified `fraction` off `split`, the same for the same images and seed; both parts stay in order."""
     from sklearn.model_selection import train_test_split
 
     present, counts = np.unique(split.targets, return_counts=True)
@@ -283,9 +283,7 @@ def _set_aside(split: Split, name: str, fraction: float, seed: int, classes: tup
     return _part(split, split.name, np.sort(kept)), _part(split, name, np.sort(cut))
 
 
-def _statistics(
-    found: Scan, rows: NDArray[np.int64]
-) -> tuple[tuple[float, float, float], tuple[float, float, float]]:
+def _statistics(found: Scan, rows: NDArray[np.int64]) -> tuple[tuple[float, float, float], tuple[float, float, float]]:
     mean, square = found.moments[rows].mean(axis=0) / np.array([[255.0], [255.0**2]])
     # A constant channel has no deviation to divide by; one grey level is the smallest that 8 bits can show.
     std = np.sqrt(np.maximum(square - mean**2, (1 / 255) ** 2))

@@ -1,0 +1,30 @@
+"""The data path: named sources, a cache of decoded images, augmentation, samplers and loaders.
+
+Sample order and augmentation are pure functions of (seed, epoch, image, view): independent of batch, rank, worker
+timing and of where a run was resumed.
+"""
+
+from __future__ import annotations
+
+from attar.data.augment import AUGMENTATIONS, Augmentation, Normalization, augmentation
+from attar.data.images import BadImageError
+from attar.data.loader import EvalLoader, Loader, Sample
+from attar.data.samplers import Sampler, Shuffled, rank_slice
+from attar.data.sources import Source, Split, open_source
+
+__all__ = [
+    "AUGMENTATIONS",
+    "Augmentation",
+    "BadImageError",
+    "EvalLoader",
+    "Loader",
+    "Normalization",
+    "Sample",
+    "Sampler",
+    "Shuffled",
+    "Source",
+    "Split",
+    "augmentation",
+    "open_source",
+    "rank_slice",
+]
