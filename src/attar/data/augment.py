@@ -64,29 +64,30 @@ class Augmentation:
         self, size: tuple[int, int], seed: int, epoch: int, index: NDArray[np.int64], view: NDArray[np.int64] | int
     ) -> Draws:
         """Return what to do to images `index` [N] of `size` = (height, width) in one epoch; `view` is [N] or one."""
-
-        def stream(quantity: int) -> NDArray[np.float64]:
-            return uniform(seed, _AUGMENTATION, epoch, view, quantity, index)
-
+        wanted = [_TOP, _LEFT, _FLIP]
+        wanted += [_BRIGHTNESS, _CONTRAST, _SATURATION, _HUE] if self.color > 0 else []
+        wanted += [_ERASE, _AREA, _ASPECT, _ERASE_TOP, _ERASE_LEFT] if self.erase > 0 else []
+        drawn = uniform(seed, _AUGMENTATION, epoch, view, index, np.array(wanted)[:, None])
+        unit = dict(zip(wanted, drawn, strict=True))
         pad_y, pad_x = self.pad(size)
-        top = (stream(_TOP) * (2 * pad_y + 1)).astype(np.int64)
-        left = (stream(_LEFT) * (2 * pad_x + 1)).astype(np.int64)
-        flip = stream(_FLIP) < 0.5 if self.flip else np.zeros(len(index), dtype=bool)
+        top = (unit[_TOP] * (2 * pad_y + 1)).astype(np.int64)
+        left = (unit[_LEFT] * (2 * pad_x + 1)).astype(np.int64)
+        flip = unit[_FLIP] < 0.5 if self.flip else np.zeros(len(index), dtype=bool)
         factors = None
         if self.color > 0:
-            unit = np.stack([stream(quantity) for quantity in (_BRIGHTNESS, _CONTRAST, _SATURATION, _HUE)])
-            factors = (2 * unit - 1) * self.color
+            jitter = np.stack([unit[quantity] for quantity in (_BRIGHTNESS, _CONTRAST, _SATURATION, _HUE)])
+            factors = (2 * jitter - 1) * self.color
             factors[:3] += 1
             factors[3] *= np.pi / 4
         boxes = None
         if self.erase > 0:
-            area = (0.02 + 0.18 * stream(_AREA)) * (size[0] * size[1])
-            aspect = np.exp(np.log(0.3) + np.log(3.3 / 0.3) * stream(_ASPECT))
+            area = (0.02 + 0.18 * unit[_AREA]) * (size[0] * size[1])
+            aspect = np.exp(np.log(0.3) + np.log(3.3 / 0.3) * unit[_ASPECT])
             height = np.minimum(np.round(np.sqrt(area * aspect)), size[0]).astype(np.int64)
             width = np.minimum(np.round(np.sqrt(area / aspect)), size[1]).astype(np.int64)
-            height *= stream(_ERASE) < self.erase
-            y = (stream(_ERASE_TOP) * (size[0] - height + 1)).astype(np.int64)
-            x = (stream(_ERASE_LEFT) * (size[1] - width + 1)).astype(np.int64)
+            height *= unit[_ERASE] < self.erase
+            y = (unit[_ERASE_TOP] * (size[0] - height + 1)).astype(np.int64)
+            x = (unit[_ERASE_LEFT] * (size[1] - width + 1)).astype(np.int64)
             boxes = np.stack([y, y + height, x, x + width])
         return Draws((pad_y, pad_x), top, left, flip, factors, boxes)
 

@@ -27,9 +27,11 @@ from attar.data.reader import Reader, digest
 from attar.data.scan import Progress, Scan, join, scan_chunks
 from attar.errors import AttarError
 
-__all__ = ["cache_root", "cached_scan", "writing"]
+__all__ = ["cache_root", "cached_scan", "is_storage_error", "writing"]
 
 _FORMAT = b"attar-images-1"  # raise it when decoding or the files' layout changes
+_FULL = (errno.ENOSPC, errno.EDQUOT)
+_FORBIDDEN = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EEXIST)
 
 
 def cache_root(cache_dir: str | Path | None = None) -> Path:
@@ -86,16 +88,21 @@ def writing(root: Path, needed: int = 0) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        if error.errno in _FULL:
             wanted = f" for {needed / 2**20:,.0f} MiB of decoded images" if needed else ""
             raise AttarError(
                 f"No space left under '{root}'{wanted}: free some, or point ATTAR_CACHE to a larger disk."
             ) from error
-        if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EEXIST):
+        if error.errno in _FORBIDDEN:
             raise AttarError(
                 f"Cannot write the image cache under '{root}' ({error.strerror}): point ATTAR_CACHE to your own folder."
             ) from error
         raise
+
+
+def is_storage_error(error: BaseException) -> bool:
+    """Say whether `error` is about the disk, so that `writing` can tell it, rather than about the data."""
+    return isinstance(error, OSError) and error.errno in (*_FULL, *_FORBIDDEN)
 
 
 def _open(folder: Path, size: tuple[int, int], keep_pixels: bool) -> Scan | None:

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from attar.data.cache import is_storage_error
 from attar.data.reader import Origin, stat_key
 from attar.errors import AttarError, unknown_name
 
@@ -97,11 +98,11 @@ def _load(what: str, *arguments: Any, **options: Any) -> Mapping[str, Any]:
     try:
         loaded: Mapping[str, Any] = datasets.load_dataset(*arguments, **options)
     except (OSError, ValueError, RuntimeError, datasets.exceptions.DatasetsError) as error:
-        root = error
-        while root.__cause__ is not None and isinstance(root.__cause__, Exception):
+        root: BaseException = error
+        while root.__cause__ is not None:
             root = root.__cause__
-        if isinstance(root, OSError) and root.errno is not None:
-            raise root from error  # no space, no permission: told by the caller, who knows where it writes
+        if is_storage_error(root):
+            raise root from error
         reason = (str(root).splitlines() or [type(root).__name__])[0].rstrip(".")
         raise AttarError(f"Cannot open {what} ({reason}): check the name, the files and the connection.") from error
     return loaded

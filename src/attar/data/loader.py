@@ -59,7 +59,7 @@ class Loader:
         depth: batches prepared ahead.
 
     Raises:
-        AttarError: an empty split, or a batch that the ranks cannot share evenly.
+        AttarError: an empty split.
     """
 
     def __init__(
@@ -95,7 +95,11 @@ class Loader:
         return self.sampler.steps_per_epoch
 
     def epoch(self, epoch: int, start_step: int = 0) -> Iterator[Sample]:
-        """Iterate over the batches of `epoch` from `start_step` on: exactly those an uninterrupted epoch has left."""
+        """Iterate over the batches of `epoch` from `start_step` on: exactly those an uninterrupted epoch has left.
+
+        Raises:
+            AttarError: a batch that the ranks cannot share evenly, or a large image that can no longer be read.
+        """
         parts = [rank_slice(batch, self.rank, self.world) for batch in self.sampler.epoch(epoch)[start_step:]]
         if self.split.pixels is None:
             return self._from_workers(parts, epoch)

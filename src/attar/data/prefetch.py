@@ -25,7 +25,7 @@ def prefetch(items: Iterator[Item], depth: int = 2) -> Iterator[Item]:
     started, stop = threading.Event(), threading.Event()
 
     def work() -> None:
-        # Torch keeps a thread count per thread and a global default for new ones. This thread gets one, for otherwise it
+        # Torch keeps a thread count per thread and a global default for new ones. This thread gets one: otherwise it
         # would take processors from the training step; everybody else keeps the old default, put back below.
         torch.set_num_threads(1)
         torch.get_num_threads()  # settles this thread's count before the default is put back

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from attar.data.images import BadImageError, Pixels, decode, fit
+from attar.data.images import BadImageError, Pixels, decode, fit, native_size
 from attar.data.reader import Reader
 from attar.errors import AttarError
 
@@ -102,8 +102,9 @@ def _decode(reader: Reader, rows: range, size: tuple[int, int], keep_pixels: boo
     skipped: list[str] = []
     for row in rows:
         try:
+            data = reader.read(row)
             # Kept pixels are what the student sees, so they are decoded in full; a reduced decode is for moments only.
-            image = decode(reader.read(row), reader.name(row), draft=None if keep_pixels else max(size))
+            image = decode(data, reader.name(row), draft=None if keep_pixels else max(size))
         except BadImageError as error:
             if not skip_bad_images:
                 raise
@@ -112,10 +113,10 @@ def _decode(reader: Reader, rows: range, size: tuple[int, int], keep_pixels: boo
         slot = pixels[len(kept)]
         slot[:] = np.asarray(fit(image, size))
         digests.append(int.from_bytes(hashlib.blake2b(slot.data, digest_size=8).digest(), "little"))
-        sizes.append((image.height, image.width))
+        sizes.append(native_size(data) or (image.height, image.width))  # a reduced decode hides the true size
         kept.append(row)
     pixels = pixels[: len(kept)]
-    values = pixels.reshape(len(kept), -1, 3).astype(np.float32)
+    values = pixels.reshape(len(kept), size[0] * size[1], 3).astype(np.float32)
     moments = np.stack([values.mean(1, dtype=np.float64), np.square(values).mean(1, dtype=np.float64)], axis=1)
     return Scan(
         pixels if keep_pixels else None,

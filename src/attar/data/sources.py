@@ -214,12 +214,15 @@ def _open_origin(name: str, root: Path, data_root: Path, image_column: str | Non
 
 
 def _check(origin: Origin) -> None:
-    if len(origin.classes) < 2 or len(np.unique(origin.train.targets)) == 1:
-        only = origin.classes[int(origin.train.targets[0])] if len(origin.train) else "".join(origin.classes)
-        raise AttarError(f"'{origin.name}' has one class only, '{only}': classification needs at least two.")
-    for reader in (origin.train, origin.test):
+    for split, reader in (("train", origin.train), ("test", origin.test)):
         if reader is not None:
+            if len(reader) == 0:
+                raise AttarError(f"The {split} split of '{origin.name}' is empty: add images to it or remove it.")
             check_labels(reader, len(origin.classes))
+    present = np.unique(origin.train.targets)
+    if len(present) < 2:
+        only = origin.classes[int(present[0])]
+        raise AttarError(f"'{origin.name}' has images of one class only, '{only}': classification needs at least two.")
 
 
 def _native_size(reader: Reader) -> tuple[tuple[int, int], bool, int]:

@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 
+from attar.data.cache import is_storage_error
 from attar.data.images import Pixels
 from attar.data.reader import ArrayReader, Origin
 from attar.errors import AttarError
@@ -67,7 +68,7 @@ def _load(name: str, known: _Set, root: Path, *, train: bool) -> Any:
             root.mkdir(parents=True, exist_ok=True)
             return dataset(root, download=True, **which)
     except (OSError, RuntimeError, EOFError) as error:
-        if isinstance(error, OSError) and error.errno is not None:
+        if is_storage_error(error):
             raise
         reason = (str(error).splitlines() or [type(error).__name__])[0].rstrip(".")
         raise AttarError(
