@@ -134,6 +134,12 @@ def test_resident_images_on_a_device_give_the_same_samples(digits: Source) -> No
         assert torch.equal(one.index, two.index)
 
 
+def test_mean_and_deviation_may_be_given_as_a_pair(digits: Source) -> None:
+    pair = (digits.mean, digits.std)
+    one, two = (next(iter(EvalLoader(digits.test, 9, given))) for given in (pair, Normalization(*pair)))
+    assert torch.equal(one.images, two.images)
+
+
 def test_uneven_ranks_are_refused(digits: Source) -> None:
     loader = Loader(
         digits.train, Shuffled(1293, 5, 0), augmentation("none"), Normalization(digits.mean, digits.std), world=2
@@ -170,7 +176,7 @@ def test_more_ranks_than_images_leaves_some_without(digits: Source) -> None:
     assert [len(list(EvalLoader(tiny, 5, normalization, rank=rank, world=3))) for rank in range(3)] == [1, 1, 0]
 
 
-@pytest.mark.parametrize("name", ["none", "strong"])
+@pytest.mark.parametrize("name", ["none", "crop-flip", "strong"])
 def test_large_images_do_not_depend_on_workers_or_batch(large: Source, name: str) -> None:
     inside = list(make(large, name, batch=8, views=2, workers=0).epoch(2))
     workers = list(make(large, name, batch=8, views=2, workers=2).epoch(2))
@@ -181,7 +187,7 @@ def test_large_images_do_not_depend_on_workers_or_batch(large: Source, name: str
     assert equal(next(make(large, name, batch=8, views=2, workers=0).epoch(2, start_step=1)), inside[1])
     ranks = [list(make(large, name, batch=8, rank=rank, world=2, workers=0).epoch(2)) for rank in range(2)]
     assert torch.equal(torch.cat([rank[0].images for rank in ranks]), inside[0].images[:8])
-    if name == "strong":
+    if name != "none":
         assert not torch.equal(inside[0].images[:8], inside[0].images[8:]), "the two views are alike"
         assert not torch.equal(next(make(large, name, batch=8, workers=0).epoch(3)).images, inside[0].images[:8])
 

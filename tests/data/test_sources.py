@@ -1,6 +1,8 @@
 from __future__ import annotations
 
+import errno
 import io
+import os
 import pickle
 import shutil
 import urllib.error
@@ -148,6 +150,18 @@ def test_bad_folders(make_folder: Any, tmp_path: Path) -> None:
     assert len(open_source(strange).test) == 2
     shutil.rmtree(strange / "test" / "cat")
     assert "test' holds no images" in refused(strange)
+
+
+def test_folder_that_may_not_be_read(make_folder: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder, scandir = make_folder(), os.scandir
+
+    def forbid(path: Any) -> Any:
+        if str(path).endswith("dog"):
+            raise PermissionError(13, "Permission denied", str(path))
+        return scandir(path)
+
+    monkeypatch.setattr(os, "scandir", forbid)
+    assert refused(folder) == f"Cannot read '{folder / 'dog'}' (Permission denied): make it readable."
 
 
 @pytest.mark.parametrize("damage", ["zero bytes", "truncated", "text"])
@@ -408,6 +422,26 @@ def test_bad_image_in_parquet_is_named_by_row(tmp_path: Path) -> None:
     name = f"parquet:{tmp_path / 'table'}"
     assert "Cannot read image row 7 of train ('7.png')" in refused(name)
     assert open_source(name, skip_bad_images=True).skipped == ("row 7 of train ('7.png')",)
+
+
+def test_full_disk_while_storing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write_parquet(tmp_path / "table" / "train.parquet", [0, 1] * 20)
+
+    def full(*_: object, **__: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr("datasets.load_dataset", full)
+    message = refused(f"parquet:{tmp_path / 'table'}")
+    assert "No space left" in message
+    assert "ATTAR_CACHE" in message
+    monkeypatch.setattr("torchvision.datasets.MNIST.download", full)
+    assert refused("mnist", data_root=tmp_path / "tv").startswith(f"Cannot store mnist under '{tmp_path / 'tv'}'")
+
+
+def test_readers_travel_to_other_processes(tmp_path: Path) -> None:
+    write_parquet(tmp_path / "table" / "train.parquet", [0, 1] * 20)
+    reader = open_source(f"parquet:{tmp_path / 'table'}").train.reader
+    assert pickle.loads(pickle.dumps(reader)).read(3) == reader.read(3) == png(3)
 
 
 def test_hub_data_set(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -27,7 +27,7 @@ from attar.data.reader import Reader, digest
 from attar.data.scan import Progress, Scan, join, scan_chunks
 from attar.errors import AttarError
 
-__all__ = ["cache_root", "cached_scan", "is_storage_error", "writing"]
+__all__ = ["cache_root", "cached_scan", "is_storage_error"]
 
 _FORMAT = b"attar-images-1"  # raise it when decoding or the files' layout changes
 _FULL = (errno.ENOSPC, errno.EDQUOT)
@@ -65,7 +65,7 @@ def cached_scan(
     root = cache_root(cache_dir) / "images"
     folder = root / digest([_FORMAT, reader.key.encode(), str((*size, keep_pixels)).encode()])
     needed = len(reader) * size[0] * size[1] * 3 if keep_pixels else 0
-    with writing(root, needed):
+    with _writing(root, needed):
         found = _open(folder, size, keep_pixels)
         if found is None:
             root.mkdir(parents=True, exist_ok=True)
@@ -83,7 +83,7 @@ def cached_scan(
 
 
 @contextmanager
-def writing(root: Path, needed: int = 0) -> Iterator[None]:
+def _writing(root: Path, needed: int) -> Iterator[None]:
     """Turn a failure to write under `root` into one sentence; `needed` is the space wanted, in bytes."""
     try:
         yield
@@ -101,7 +101,7 @@ def writing(root: Path, needed: int = 0) -> Iterator[None]:
 
 
 def is_storage_error(error: BaseException) -> bool:
-    """Say whether `error` is about the disk, so that `writing` can tell it, rather than about the data."""
+    """Say whether `error` is about the disk, rather than about what is read."""
     return isinstance(error, OSError) and error.errno in (*_FULL, *_FORBIDDEN)
 
 

@@ -24,8 +24,16 @@ def open_folder(directory: Path) -> Origin:
     hidden files and folders are passed over.
 
     Raises:
-        AttarError: no images, images outside class folders, an empty class folder, a test class unknown to training.
+        AttarError: no images, images outside class folders, an empty class folder, a test class unknown to training,
+            a folder that may not be read.
     """
+    try:
+        return _open(directory)
+    except OSError as error:
+        raise AttarError(f"Cannot read '{error.filename}' ({error.strerror}): make it readable.") from error
+
+
+def _open(directory: Path) -> Origin:
     train = directory / "train"
     split = train.is_dir() and bool(_folders(train))
     root = train if split else directory
@@ -70,7 +78,11 @@ def _folders(root: Path) -> list[Path]:
 
 def _images(folder: Path) -> list[Path]:
     found = []
-    for parent, folders, files in os.walk(folder):
+    for parent, folders, files in os.walk(folder, onerror=_raise):
         folders[:] = [name for name in folders if not name.startswith((".", "__"))]
         found += [Path(parent, name) for name in files if Path(name).suffix.lower() in _EXTENSIONS and name[0] != "."]
     return sorted(found)
+
+
+def _raise(error: OSError) -> None:
+    raise error  # os.walk would otherwise pass over a folder it may not read

@@ -102,7 +102,10 @@ def _load(what: str, *arguments: Any, **options: Any) -> Mapping[str, Any]:
         while root.__cause__ is not None:
             root = root.__cause__
         if is_storage_error(root):
-            raise root from error
+            raise AttarError(
+                f"Cannot store {what} ({root}): free some space, or point ATTAR_CACHE (parquet) or HF_HOME (hub) "
+                "elsewhere."
+            ) from error
         reason = (str(root).splitlines() or [type(root).__name__])[0].rstrip(".")
         raise AttarError(f"Cannot open {what} ({reason}): check the name, the files and the connection.") from error
     return loaded

@@ -23,6 +23,7 @@ __all__ = ["EvalLoader", "Loader", "Sample"]
 _RESIDENT_BYTES = 2 << 30  # a uint8 data set up to here is copied to the GPU whole
 
 Indices = NDArray[np.int64]
+MeanStd = tuple[tuple[float, ...], tuple[float, ...]]
 
 
 class Sample(NamedTuple):
@@ -49,7 +50,7 @@ class Loader:
         split: the images.
         sampler: chooses the global batch of every step; this rank takes its `rank_slice`.
         augmentation: what to do to each image.
-        normalization: the student's input normalisation, usually of `Source.mean` and `Source.std`.
+        normalization: the student's input normalisation, or its (mean, std), usually those of the source.
         device: where batches are wanted.
         rank: this process among those that share each batch.
         world: how many those are.
@@ -67,7 +68,7 @@ class Loader:
         split: Split,
         sampler: Sampler,
         augmentation: Augmentation,
-        normalization: Normalization,
+        normalization: Normalization | MeanStd,
         device: torch.device | str = "cpu",
         *,
         rank: int = 0,
@@ -80,7 +81,7 @@ class Loader:
         self.split = split
         self.sampler = sampler
         self.augmentation = augmentation
-        self.normalization = normalization
+        self.normalization = _normalization(normalization)
         self.rank = rank
         self.world = world
         self.views = views
@@ -147,7 +148,7 @@ class EvalLoader:
     Args:
         split: the images.
         batch: images a batch on this rank.
-        normalization: the student's input normalisation.
+        normalization: the student's input normalisation, or its (mean, std).
         device: where batches are wanted.
         rank: this process among those that share the split.
         world: how many those are.
@@ -162,7 +163,7 @@ class EvalLoader:
         self,
         split: Split,
         batch: int,
-        normalization: Normalization,
+        normalization: Normalization | MeanStd,
         device: torch.device | str = "cpu",
         *,
         rank: int = 0,
@@ -171,7 +172,7 @@ class EvalLoader:
         depth: int = 2,
     ) -> None:
         self.split = split
-        self.normalization = normalization
+        self.normalization = _normalization(normalization)
         self.depth = depth
         self.workers = default_workers(world) if workers is None else workers
         mine = np.array_split(np.arange(len(split)), world)[rank]
@@ -202,6 +203,10 @@ class EvalLoader:
         )
         for positions, batch in zip(self.batches, decoded, strict=True):
             yield self._images.sample(positions, finish(self._images.received(batch), None, self.normalization))
+
+
+def _normalization(given: Normalization | MeanStd) -> Normalization:
+    return given if isinstance(given, Normalization) else Normalization(*given)
 
 
 class _Images:

@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from attar.data.cache import cache_root, cached_scan, writing
+from attar.data.cache import cache_root, cached_scan
 from attar.data.digits import open_digits
 from attar.data.folder import open_folder
 from attar.data.huggingface import open_hub, open_parquet
@@ -139,8 +139,7 @@ def open_source(
             a class too small to split, no space.
     """
     root = cache_root(cache_dir)
-    with writing(root):
-        origin = _open_origin(str(name), root, Path(data_root or root / "torchvision"), image_column, label_column)
+    origin = _open_origin(str(name), root, Path(data_root or root / "torchvision"), image_column, label_column)
     _check(origin)
     if not 0 <= holdout < 1:
         raise AttarError(f"The hold-out must be a fraction from 0 to below 1, not {holdout}.")

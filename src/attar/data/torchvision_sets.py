@@ -69,7 +69,9 @@ def _load(name: str, known: _Set, root: Path, *, train: bool) -> Any:
             return dataset(root, download=True, **which)
     except (OSError, RuntimeError, EOFError) as error:
         if is_storage_error(error):
-            raise
+            raise AttarError(
+                f"Cannot store {name} under '{root}' ({error}): free some space or choose another data root."
+            ) from error
         reason = (str(error).splitlines() or [type(error).__name__])[0].rstrip(".")
         raise AttarError(
             f"Cannot download {name} ({reason}): connect this machine once, or put torchvision's files under '{root}'."
