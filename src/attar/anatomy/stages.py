@@ -101,7 +101,8 @@ def survey(
     input_shape = (images.shape[1], images.shape[2], images.shape[3])
     prefix = getattr(network, "num_prefix_tokens", None)
     prefix = prefix if isinstance(prefix, int) else None
-    classifier = _find_classifier(calls, output, num_classes)
+    classes = num_classes if num_classes is not None else (output.shape[-1] if isinstance(output, Tensor) else None)
+    classifier = _find_classifier(calls, classes)
     bare = Anatomy(
         stages=(),
         classifier=classifier.module if classifier else None,
@@ -114,7 +115,9 @@ def survey(
     if stages is not None:
         found = [bare.find(name) for name in stages]
     else:
-        found = _from_feature_info(network, calls, input_shape, prefix) or _from_shapes(calls, input_shape, prefix)
+        found = _from_feature_info(network, calls, input_shape, prefix) or _from_shapes(
+            calls, input_shape, prefix, classes
+        )
     if not found:
         raise AttarError(
             f"No stage was found in {type(network).__name__}: name the modules whose outputs are feature maps "
@@ -164,11 +167,10 @@ def _record_calls(network: nn.Module, images: Tensor) -> tuple[list[Call], Any]:
     return calls, output
 
 
-def _find_classifier(calls: Sequence[Call], output: Any, num_classes: int | None) -> Call | None:
-    width = num_classes if num_classes is not None else (output.shape[-1] if isinstance(output, Tensor) else None)
+def _find_classifier(calls: Sequence[Call], classes: int | None) -> Call | None:
     for call in reversed(calls):
         into = call.input_shape
-        if call.leaf and into and call.shape and len(into) == 2 and call.shape == (into[0], width) and into[1] != width:
+        if call.leaf and into and call.shape and len(into) == 2 and call.shape == (into[0], classes) and into[1] != classes:
             return call
     return None
 
@@ -248,7 +250,9 @@ def _from_feature_info(
     return _without_stem(_one_per_resolution(found), calls)
 
 
-def _from_shapes(calls: Sequence[Call], input_shape: tuple[int, int, int], prefix: int | None) -> list[Stage]:
+def _from_shapes(
+    calls: Sequence[Call], input_shape: tuple[int, int, int], prefix: int | None, classes: int | None
+) -> list[Stage]:
     """Follow the main path: outputs whose resolution never grows again later in the pass."""
     maps = [(call, _as_stage(call.module, call.shape, input_shape, None, prefix)) for call in calls]
     main: list[tuple[Call, Stage]] = []
@@ -257,6 +261,8 @@ def _from_shapes(calls: Sequence[Call], input_shape: tuple[int, int, int], prefi
         if stage is not None and stage.height * stage.width >= largest:
             main.append((call, stage))
             largest = stage.height * stage.width
+    while len(main) > 1 and main[0][1].channels == classes:
+        main.pop(0)  # a convolution as classifier: class maps are the head's
     main.reverse()
     found = _without_stem(_one_per_resolution([stage for _, stage in main]), calls)
     return found if len(found) > 1 else _quarters(main) or found

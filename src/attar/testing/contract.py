@@ -1,0 +1,188 @@
+"""The method contract as a test class: subclass it, say which method on which student, and run it with pytest."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+
+from attar.distiller import Distiller
+from attar.method import Batch, Method, Terms
+from attar.tasks import Classification
+
+__all__ = ["MethodContract"]
+
+
+class MethodContract:
+    """What every method promises on every student it accepts.
+
+    Subclass it as `TestMyMethod` and define `method()` (a new, unbuilt method) and `student()` (a new network); pytest
+    collects the inherited tests. `num_classes`, `image_size`, `channels` and `batch_size` may be changed.
+
+    Example:
+        >>> import torch, attar
+        >>> class TestOneOnMyNet(attar.testing.MethodContract):
+        ...     image_size = 16
+        ...     def method(self):
+        ...         return attar.methods.ONE(branches=2)
+        ...     def student(self):
+        ...         return torch.nn.Sequential(...)
+    """
+
+    num_classes = 5
+    image_size = 32
+    channels = 3
+    batch_size = 4
+    compile_backend = "aot_eager"
+
+    def method(self) -> Method:
+        """Return a new, unbuilt method."""
+        raise TypeError(f"{type(self).__name__} must define method().")
+
+    def student(self) -> nn.Module:
+        """Return a new student."""
+        raise TypeError(f"{type(self).__name__} must define student().")
+
+    def batch(self) -> Batch:
+        """Return a training batch that the method accepts."""
+        views = self.method().views
+        generator = torch.Generator().manual_seed(1)
+        size = (views * self.batch_size, self.channels, self.image_size, self.image_size)
+        images = torch.randn(size, generator=generator)
+        targets = torch.randint(self.num_classes, (self.batch_size,), generator=generator).repeat(views)
+        index = torch.arange(self.batch_size).repeat(views)
+        return Batch(images, targets, index, targets, views)
+
+    def distiller(self) -> Distiller:
+        """Return a built distiller in training mode, the same at every call."""
+        torch.manual_seed(0)
+        distiller = Distiller(self.student(), [self.method()], Classification(self.num_classes))
+        return distiller.build(self.batch().images).train()
+
+    @staticmethod
+    def step(
+        distiller: Distiller, batch: Batch, progress: float = 0.5, run: Callable[..., Terms] | None = None
+    ) -> tuple[Terms, dict[str, Tensor | None]]:
+        """Run one seeded step from the distiller's current state; return its terms and every parameter's gradient."""
+        distiller.zero_grad(set_to_none=True)
+        torch.manual_seed(0)
+        terms = (distiller if run is None else run)(batch, torch.tensor(progress))
+        terms.total().backward()  # type: ignore[no-untyped-call]
+        return terms, {name: parameter.grad for name, parameter in distiller.named_parameters()}
+
+    def test_terms_are_named_finite_scalars_with_weights(self) -> None:
+        """Every term is a finite scalar, has a weight, and every declared weight has its term."""
+        distiller = self.distiller()
+        method = next(iter(distiller._methods()))
+        batch = self.batch()
+        for progress in (0.0, 0.5, 1.0):
+            terms, _ = self.step(distiller, batch, progress)
+            assert terms.losses.keys() == terms.weights.keys()
+            for name, loss in terms.losses.items():
+                assert loss.shape == (), f"{name} is no scalar"
+                assert torch.isfinite(loss), f"{name} is {loss.item()}"
+            declared = {f"{method.name}.{term}" for term in method.weights(torch.tensor(progress))}
+            assert declared <= terms.losses.keys(), "a weight is declared for a term that does not exist"
+
+    def test_every_trainable_tensor_gets_a_gradient(self) -> None:
+        """No parameter is left out of the step, at the start of a run and later: distributed training would hang."""
+        distiller = self.distiller()
+        for progress in (0.0, 1.0):
+            _, gradients = self.step(distiller, self.batch(), progress)
+            missing = [name for name, gradient in gradients.items() if gradient is None]
+            assert not missing, f"no gradient: {missing}"
+            bad = [name for name, gradient in gradients.items() if not torch.isfinite(gradient).all()]  # type: ignore[arg-type]
+            assert not bad, f"gradient not finite: {bad}"
+
+    def test_terms_move_the_student(self) -> None:
+        """At least one weighted term of a method that has terms changes the student's gradient."""
+        distiller = self.distiller()
+        method = next(iter(distiller._methods()))
+        terms, with_method = self.step(distiller, self.batch(), 1.0)
+        if len(terms.losses) == 1:
+            return
+        torch.manual_seed(0)
+        plain = Distiller(self.student(), [], distiller.task).build(self.batch().images).train()
+        plain.student.load_state_dict(self.distiller().student.state_dict())
+        _, without = self.step(plain, self.batch(), 1.0)
+        changed = any(
+            not torch.allclose(gradient, with_method[name])  # type: ignore[arg-type]
+            for name, gradient in without.items()
+            if gradient is not None
+        )
+        assert changed, f"{method.name} leaves every gradient of the student as plain training has it"
+
+    def test_strip_gives_the_original_network_back(self) -> None:
+        """Original class and keys, bit-identical logits, no hooks, loads into a new student strictly."""
+        distiller = self.distiller()
+        self.step(distiller, self.batch())
+        stripped = distiller.strip(prove_export=False)
+        fresh = self.student()
+        assert type(stripped) is type(fresh)
+        assert list(stripped.state_dict()) == list(fresh.state_dict())
+        fresh.load_state_dict(stripped.state_dict(), strict=True)
+        images = self.batch().images
+        distiller.eval()
+        with torch.no_grad():
+            assert torch.equal(stripped(images), fresh.eval()(images))
+            assert torch.equal(stripped(images), distiller.student(images))
+        assert not any(module._forward_hooks or module._forward_pre_hooks for module in stripped.modules())
+        inplace = {name: getattr(module, "inplace", None) for name, module in fresh.named_modules()}
+        assert inplace == {name: getattr(module, "inplace", None) for name, module in stripped.named_modules()}
+
+    def test_state_round_trip(self) -> None:
+        """A new distiller with the saved state takes the same step."""
+        first = self.distiller()
+        state = copy.deepcopy(first.state_dict())
+        _, before = self.step(first, self.batch())
+        torch.manual_seed(0)
+        second = Distiller(self.student(), [self.method()], first.task)
+        torch.manual_seed(123)  # other auxiliaries, but the same teachers
+        second.build(self.batch().images).train()
+        with torch.no_grad():
+            for parameter in second.parameters():
+                parameter.normal_()
+        second.load_state_dict(state)
+        _, after = self.step(second, self.batch())
+        for name, gradient in before.items():
+            assert torch.equal(gradient, after[name]), name  # type: ignore[arg-type]
+
+    def test_teachers_stay_frozen_and_unregistered(self) -> None:
+        """Teachers are no parameters, no state, stay in evaluation mode, and no bit of them changes."""
+        distiller = self.distiller()
+        for method in distiller._methods():
+            for teacher in method.teachers:
+                own = {id(parameter) for parameter in distiller.parameters()}
+                assert not own & {id(parameter) for parameter in teacher.network.parameters()}
+                before = copy.deepcopy(teacher.network.state_dict())
+                distiller.train()
+                self.step(distiller, self.batch())
+                assert not any(module.training for module in teacher.network.modules())
+                assert all(torch.equal(value, before[key]) for key, value in teacher.network.state_dict().items())
+                assert all(parameter.grad is None for parameter in teacher.network.parameters())
+
+    def test_compiled_step_equals_eager(self) -> None:
+        """`torch.compile(fullgraph=True)` gives eager's losses and gradients."""
+        eager = self.distiller()
+        state = copy.deepcopy(eager.state_dict())
+        expected, gradients = self.step(eager, self.batch())
+        eager.load_state_dict(state)
+        torch._dynamo.reset()
+        compiled = torch.compile(eager, fullgraph=True, backend=self.compile_backend)
+        terms, compiled_gradients = self.step(eager, self.batch(), run=compiled)
+        for name, loss in expected.losses.items():
+            torch.testing.assert_close(terms.losses[name], loss, rtol=1e-4, atol=1e-5)
+        for name, gradient in gradients.items():
+            scale = float(gradient.abs().max()) if gradient is not None else 0.0
+            torch.testing.assert_close(compiled_gradients[name], gradient, rtol=1e-3, atol=1e-5 + 1e-3 * scale)
+
+    def test_losses_are_full_precision_under_autocast(self) -> None:
+        """Under bfloat16 autocast every term is computed in float32."""
+        distiller = self.distiller()
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            terms = distiller(self.batch(), torch.tensor(0.5))
+        for name, loss in terms.losses.items():
+            assert loss.dtype == torch.float32, f"{name} is {loss.dtype}"
+            assert torch.isfinite(loss), name

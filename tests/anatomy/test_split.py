@@ -1,0 +1,129 @@
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from architectures import ARCHITECTURES, Architecture, HandWritten
+from attar.anatomy import redraw_, replica, split, survey
+from attar.errors import AttarError
+
+QUICK = [a for a in ARCHITECTURES if a.name not in ("vgg11_bn", "torchvision:vit_b_16")]
+
+
+@pytest.mark.parametrize("architecture", QUICK, ids=lambda a: a.name)
+def test_halves_equal_the_whole(architecture: Architecture) -> None:
+    """`split` proves itself; here once more from outside, at every stage but the last, on other images."""
+    torch.manual_seed(0)
+    network = architecture.make(5)
+    shape = (2, 3, architecture.size, architecture.size)
+    anatomy, _ = survey(network, torch.randn(shape), num_classes=5)
+    own = {id(parameter) for parameter in network.parameters()}
+    other = torch.randn(shape)
+    network.eval()
+    for stage in anatomy.stages[:-1]:
+        halves = split(network, stage.name, torch.randn(shape))
+        with torch.no_grad():
+            assert torch.equal(halves.tail.eval()(*halves.trunk.eval()(other)), network(other)), stage.name
+        for name, parameter in halves.tail.named_parameters():
+            assert id(parameter) in own, f"{name} is not the network's own"
+
+
+def test_modes_and_buffers_are_left_alone() -> None:
+    network = HandWritten(5)
+    network.first.eval()
+    modes = [module.training for module in network.modules()]
+    buffers = {name: value.clone() for name, value in network.named_buffers()}
+    split(network, "first", torch.randn(2, 3, 32, 32))
+    assert modes == [module.training for module in network.modules()]
+    assert all(torch.equal(value, buffers[name]) for name, value in network.named_buffers())
+
+
+def test_one_example_image_is_enough() -> None:
+    split(HandWritten(5), "first", torch.randn(1, 3, 32, 32))
+
+
+def test_functional_dropout_follows_the_mode() -> None:
+    class Net(HandWritten):
+        def forward(self, images: Tensor) -> Tensor:
+            return nn.functional.dropout(super().forward(images), 0.5, self.training)
+
+    network = Net(50)
+    halves = split(network, "first", torch.randn(2, 3, 32, 32))
+    x = halves.trunk(torch.randn(2, 3, 32, 32))[0].detach()
+    halves.tail.eval()
+    assert torch.equal(halves.tail(x), halves.tail(x))
+    halves.tail.train()
+    torch.manual_seed(0)
+    assert (halves.tail(x) == 0).any()
+
+
+def test_values_between_modules_cross_the_cut() -> None:
+    """A residual sum at the top level is no module's output: the tail repeats it from what modules returned."""
+
+    class Net(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b, self.c = (nn.Conv2d(3, 3, 3, padding=1) for _ in range(3))
+            self.head = nn.Linear(3, 4)
+
+        def forward(self, images: Tensor) -> Tensor:
+            x = images + self.a(images)
+            y = self.b(x)
+            return self.head((self.c(y) + x * images.shape[2]).mean(dim=(2, 3)))
+
+    halves = split(Net(), "b", torch.randn(2, 3, 8, 8))
+    assert {tap and tap.module for tap in halves.carried} == {"b", "a", None}
+
+
+def test_the_tail_leaves_shared_values_alone() -> None:
+    class Net(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a = nn.Conv2d(3, 6, 3)
+            self.act = nn.ReLU(inplace=True)
+            self.head = nn.Linear(6, 4)
+
+        def forward(self, images: Tensor) -> Tensor:
+            return self.head(self.act(self.a(images)).mean(dim=(2, 3)))
+
+    halves = split(Net(), "a", torch.randn(2, 3, 8, 8))
+    (x,) = halves.trunk(torch.randn(2, 3, 8, 8))
+    before = x.detach().clone()
+    halves.tail(x)
+    assert torch.equal(x.detach(), before)
+    assert (before < 0).any()
+
+
+def test_untraceable_networks_ask_for_a_tail() -> None:
+    class Net(HandWritten):
+        def forward(self, images: Tensor) -> Tensor:
+            return super().forward(images if images.mean() > 0 else -images)
+
+    with pytest.raises(AttarError, match=r"cannot be cut at 'first' automatically .* tail="):
+        split(Net(5), "first", torch.randn(2, 3, 32, 32))
+
+
+def test_replicas_are_independent() -> None:
+    network = HandWritten(5)
+    halves = split(network, "first", torch.randn(2, 3, 32, 32))
+    twin = replica(halves.tail)
+    own = dict(network.named_parameters())
+    for name, parameter in twin.named_parameters():
+        assert parameter is not own[name]
+        assert parameter.untyped_storage().data_ptr() != own[name].untyped_storage().data_ptr()
+
+
+def test_redrawing_keeps_every_layers_distribution() -> None:
+    torch.manual_seed(0)
+    module = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8))
+    module(torch.randn(4, 3, 9, 9))
+    nn.init.trunc_normal_(module[0].weight, std=0.02)
+    before = {name: parameter.detach().clone() for name, parameter in module.named_parameters()}
+    redraw_(module)
+    for name, parameter in module.named_parameters():
+        assert torch.equal(parameter.flatten().sort().values, before[name].flatten().sort().values)
+    assert not torch.equal(module[0].weight, before["0.weight"])
+    assert torch.equal(module[1].weight, torch.ones(8))
+    assert torch.equal(module[1].running_mean, torch.zeros(8))
+    assert torch.equal(module[1].running_var, torch.ones(8))

@@ -1,0 +1,118 @@
+"""The contract suite over methods and architectures: the common networks by default, all of them with `-m slow`."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+from torch import nn
+
+import attar
+from architectures import ARCHITECTURES, Architecture
+from attar.method import Method
+from attar.methods import KD, ONE, Supervised
+from attar.testing import MethodContract
+
+
+def small_teacher(classes: int) -> nn.Module:
+    return nn.Sequential(
+        nn.Conv2d(3, 8, 3, 2), nn.BatchNorm2d(8), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, classes)
+    )
+
+
+# One line per method: every method of attar stands here (see the last test).
+METHODS: dict[str, Callable[[int], Method]] = {
+    "KD": lambda classes: KD(small_teacher(classes)),
+    "ONE": lambda classes: ONE(branches=2),
+    "Supervised": lambda classes: Supervised(label_smoothing=0.1),
+}
+
+
+def contract(
+    name: str, make_method: Callable[[int], Method], architecture: Architecture, compiled: bool
+) -> type[MethodContract]:
+    class Contract(MethodContract):
+        image_size = architecture.size
+
+        def method(self) -> Method:
+            return make_method(self.num_classes)
+
+        def student(self) -> nn.Module:
+            return architecture.make(self.num_classes)
+
+    if not compiled:
+        Contract = type("Contract", (Contract,), {"test_compiled_step_equals_eager": None})  # noqa: N806
+    if not architecture.common:
+        Contract = pytest.mark.slow(Contract)  # noqa: N806
+    Contract.__name__ = Contract.__qualname__ = f"Test{name}On_{architecture.name}"
+    return Contract
+
+
+# Compiling is slow: methods that cut the student are compiled on every common network, the others on three.
+ALWAYS_COMPILED = {"hand-written", "cifar_resnet20", "vit_tiny_patch16_224"}
+
+for _name, _make in METHODS.items():
+    for _architecture in ARCHITECTURES:
+        _compiled = _architecture.common and (_name == "ONE" or _architecture.name in ALWAYS_COMPILED)
+        _class = contract(_name, _make, _architecture, _compiled)
+        globals()[_class.__name__] = _class
+del _class
+
+
+def test_every_method_is_under_contract() -> None:
+    assert set(METHODS) == set(attar.methods.available())
+
+
+class TestABrokenMethodIsCaught:
+    """The contract can fail: each of these methods breaks one promise."""
+
+    class _Base(MethodContract):
+        image_size = 16
+
+        def student(self) -> nn.Module:
+            return ARCHITECTURES[0].make(self.num_classes)
+
+    def test_unused_parameter(self) -> None:
+        class Idle(Method):
+            def build(self, probe: attar.Probe) -> None:
+                self.idle = nn.Linear(2, 2)
+
+            def losses(self, outputs, batch, progress):  # type: ignore[no-untyped-def]
+                return {}
+
+        class Contract(self._Base):
+            def method(self) -> Method:
+                return Idle()
+
+        with pytest.raises(AssertionError, match="no gradient"):
+            Contract().test_every_trainable_tensor_gets_a_gradient()
+
+    def test_term_without_effect(self) -> None:
+        class Silent(Method):
+            def losses(self, outputs, batch, progress):  # type: ignore[no-untyped-def]
+                return {"silent": 0.0 * outputs.embedding.mean()}
+
+        class Contract(self._Base):
+            def method(self) -> Method:
+                return Silent()
+
+        with pytest.raises(AssertionError, match="leaves every gradient"):
+            Contract().test_terms_move_the_student()
+
+    def test_infinite_term_and_misspelt_weight(self) -> None:
+        class Wild(Method):
+            def losses(self, outputs, batch, progress):  # type: ignore[no-untyped-def]
+                return {"wild": outputs.logits.mean() / 0.0}
+
+        class Typo(Method):
+            def losses(self, outputs, batch, progress):  # type: ignore[no-untyped-def]
+                return {"term": outputs.logits.mean()}
+
+            def weights(self, progress):  # type: ignore[no-untyped-def]
+                return {"trem": 2.0}
+
+        for broken, message in ((Wild, "is "), (Typo, "does not exist")):
+            suite = self._Base()
+            suite.method = broken  # type: ignore[method-assign]
+            with pytest.raises(AssertionError, match=message):
+                suite.test_terms_are_named_finite_scalars_with_weights()

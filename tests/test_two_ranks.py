@@ -1,0 +1,81 @@
+"""Two gloo processes give the losses and gradients of one on the same global batch, in float64 and without batch norm."""
+
+from __future__ import annotations
+
+import os
+import socket
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+from torch import Tensor
+from torch.nn.parallel import DistributedDataParallel
+
+import attar
+from attar.method import Method
+from attar.methods import KD, ONE, Supervised
+from networks import IMAGES, LABELS, Net
+
+METHODS: dict[str, Callable[[], Method]] = {
+    "KD": lambda: KD(Net().double()),
+    "ONE": lambda: ONE(gate_norm=False),
+    "Supervised": lambda: Supervised(label_smoothing=0.1),
+}
+
+
+def built(name: str) -> attar.Distiller:
+    torch.manual_seed(0)
+    return attar.Distiller(Net().double(), [METHODS[name]()], attar.Classification(3)).build(IMAGES).train()
+
+
+def step(distiller: attar.Distiller, forward: Callable[..., attar.Terms], rows: slice) -> dict[str, Tensor]:
+    terms = forward((IMAGES[rows], LABELS[rows]), torch.tensor(0.2))
+    terms.total().backward()
+    gradients = {f"gradient {name}": p.grad for name, p in distiller.named_parameters() if p.grad is not None}
+    return {**gradients, **{f"loss {name}": loss.detach() for name, loss in terms.losses.items()}}
+
+
+def rank_main(rank: int, port: int, folder: str) -> None:
+    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), RANK=str(rank), WORLD_SIZE="2")
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo")
+    try:
+        for name in METHODS:
+            distiller = built(name)
+            parallel = DistributedDataParallel(distiller)
+            results = step(distiller, parallel, slice(3 * rank, 3 * rank + 3))
+            for key in results:
+                if key.startswith("loss"):
+                    dist.all_reduce(results[key])
+                    results[key] /= 2
+            if rank == 0:
+                torch.save(results, Path(folder) / f"{name}.pt")
+    finally:
+        dist.destroy_process_group()
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("ranks")
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    mp.start_processes(rank_main, args=(port, str(path)), nprocs=2, start_method="fork")
+    return path
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_two_ranks_equal_one(name: str, folder: Path) -> None:
+    distiller = built(name)
+    expected = step(distiller, distiller, slice(None))
+    found = torch.load(folder / f"{name}.pt", weights_only=True)
+    assert found.keys() == expected.keys()
+    for key, value in expected.items():
+        torch.testing.assert_close(found[key], value, rtol=1e-9, atol=1e-12, msg=lambda m, key=key: f"{key}: {m}")
+
+
+def test_every_method_is_compared() -> None:
+    assert set(METHODS) == set(attar.methods.available())
