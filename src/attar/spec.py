@@ -15,7 +15,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, create_model
 
 from attar.errors import AttarError, unknown_name
 
-__all__ = ["MethodSpec", "TrainSpec", "method_options", "parse"]
+__all__ = ["MethodSpec", "TrainSpec", "method_options", "parse", "teacher_options"]
 
 
 S = TypeVar("S", bound=BaseModel)
@@ -90,8 +90,15 @@ class TrainSpec(_Spec):
         Literal["auto", "fp32", "bf16"], Field(description="auto: bf16 where the hardware computes in it.")
     ] = "auto"
     channels_last: bool = True
-    compile: Annotated[Literal["auto", "on", "off"], Field(description="auto: on GPUs, in runs that repay it.")] = "auto"
+    compile: Annotated[Literal["auto", "on", "off"], Field(description="auto: on GPUs, in runs that repay it.")] = (
+        "auto"
+    )
     seed: Annotated[int, Field(ge=0, description="Of weights, order and augmentation.")] = 0
+
+    log_every: Annotated[int, Field(ge=1, description="Steps between two lines of metrics.jsonl.")] = 50
+    checkpoint_seconds: Annotated[
+        float, Field(ge=0, description="Seconds between checkpoints inside an epoch; each epoch ends with one anyway.")
+    ] = 60.0
 
     def fingerprint(self) -> str:
         """A short name for everything in the spec: equal specs, equal fingerprints."""
@@ -142,15 +149,22 @@ def method_options(method: type) -> type[BaseModel]:
     """
     fields: dict[str, Any] = {}
     hints = typing.get_type_hints(method.__init__)  # type: ignore[misc]
+    teachers = teacher_options(method)
     for name, parameter in inspect.signature(method).parameters.items():
         kind = hints.get(name, Any)
-        if _mentions(kind, "Teacher"):
+        if name in teachers:
             kind = tuple[str, ...]
         elif _mentions(kind, "Module"):
             continue
         default = ... if parameter.default is inspect.Parameter.empty else parameter.default
         fields[name] = (kind, default)
     return create_model(f"{method.__name__}Options", __config__=ConfigDict(frozen=True, extra="forbid"), **fields)
+
+
+def teacher_options(method: type) -> frozenset[str]:
+    """Return the constructor arguments of a method that are trained networks."""
+    hints = typing.get_type_hints(method.__init__)  # type: ignore[misc]
+    return frozenset(name for name in inspect.signature(method).parameters if _mentions(hints.get(name), "Teacher"))
 
 
 def _mentions(kind: Any, name: str) -> bool:

@@ -1,0 +1,151 @@
+"""Measuring a network on one split: accuracy, likelihood, calibration."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from attar.data import EvalLoader, Normalization, Split, open_source
+from attar.errors import AttarError, unknown_name
+from attar.spec import TrainSpec
+from attar.train.distributed import Ranks, join
+from attar.train.student import load_student
+
+__all__ = ["Metrics", "evaluate", "evaluate_run"]
+
+# One size for every evaluation, whatever the training's: the same batches give the same numbers to the last bit.
+_BATCH = 250
+_BINS = 15
+
+
+@dataclass(frozen=True)
+class Metrics:
+    """What a network does on N images.
+
+    Attributes:
+        images: N.
+        top1: share of images whose highest logit is the label's.
+        top5: share whose label is among the five highest; None for five classes or fewer.
+        nll: mean of -log p(label), in nats.
+        calibration_error: expected difference of confidence and accuracy over 15 equal bins of confidence (Guo et al.,
+            ICML 2017), in 0..1.
+    """
+
+    images: int
+    top1: float
+    top5: float | None
+    nll: float
+    calibration_error: float
+
+    def as_dict(self) -> dict[str, Any]:
+        """Return the metrics by name."""
+        return dataclasses.asdict(self)
+
+
+def evaluate(
+    network: nn.Module,
+    split: Split,
+    normalization: Normalization,
+    num_classes: int,
+    *,
+    ranks: Ranks | None = None,
+    channels_last: bool = True,
+) -> Metrics:
+    """Measure a network in evaluation mode, in float32, every image of the split exactly once.
+
+    With several processes all take part and all get the same numbers: counts are summed, nothing is padded. The
+    batches do not depend on how many processes share them.
+
+    Args:
+        network: images [N, C, H, W] -> logits [N, K]; its modes are restored.
+        split: images and labels.
+        normalization: of the network's images.
+        num_classes: K.
+        ranks: the processes that share the work; default: this one alone, on the network's device.
+        channels_last: memory format of the network's weights, as in training.
+    """
+    from torchmetrics import MeanMetric, MetricCollection
+    from torchmetrics.classification import MulticlassAccuracy, MulticlassCalibrationError
+
+    ranks = ranks or Ranks(0, 1, next(network.parameters()).device)
+    settings: dict[str, Any] = {"num_classes": num_classes, "validate_args": False}
+    shares: dict[str, Any] = {"top1": MulticlassAccuracy(average="micro", **settings)}
+    if num_classes > 5:
+        shares["top5"] = MulticlassAccuracy(average="micro", top_k=5, **settings)
+    shares["calibration_error"] = MulticlassCalibrationError(n_bins=_BINS, **settings)
+    metrics = MetricCollection(shares, compute_groups=False).to(ranks.device)
+    nll = MeanMetric(nan_strategy="disable").set_dtype(torch.float64).to(ranks.device)
+
+    loader = EvalLoader(split, _BATCH, normalization, ranks.device)
+    loader.batches = loader.batches[ranks.rank :: ranks.world]
+    network.to(memory_format=torch.channels_last if channels_last else torch.contiguous_format)
+    modes = {module: module.training for module in network.modules()}
+    network.eval()
+    # Autotuned kernels may differ from run to run.
+    with torch.no_grad(), torch.backends.cudnn.flags(enabled=True, benchmark=False, deterministic=True):
+        for images, targets, _ in loader:
+            logits = network(images).float()
+            metrics.update(torch.softmax(logits, dim=1), targets)
+            nll.update(F.cross_entropy(logits, targets, reduction="none"))
+    for module, mode in modes.items():
+        module.training = mode
+    values: dict[str, Tensor] = metrics.compute()
+    return Metrics(
+        images=len(split),
+        top1=_share(values["top1"], len(split)),
+        top5=_share(values["top5"], len(split)) if "top5" in values else None,
+        nll=float(nll.compute()),
+        calibration_error=float(values["calibration_error"]),
+    )
+
+
+def _share(value: Tensor, images: int) -> float:
+    """Return the exact share: the metric is a count over `images`, rounded to float32."""
+    return round(float(value) * images) / images
+
+
+def evaluate_run(folder: str | Path, *, data: str | None = None, split: str = "test") -> Metrics:
+    """Measure the student of a run folder: exactly the numbers of its `result.json` for the run's own data.
+
+    Args:
+        folder: a finished run, or a `student/` folder (which needs `data`).
+        data: other images with the same classes; default: the run's.
+        split: `test`, `holdout` or `train`.
+
+    Raises:
+        AttarError: no student there, no such split, or images of other classes.
+    """
+    folder = Path(folder)
+    student = load_student(folder)
+    home = folder if (folder / "spec.json").is_file() else folder.parent
+    spec = TrainSpec.load(home / "spec.json") if (home / "spec.json").is_file() else None
+    if data is None and spec is None:
+        raise AttarError(f"'{folder}' does not tell its data: give the run's folder, or name the data.")
+    settings: dict[str, Any] = {}
+    if spec is not None:
+        settings = {"skip_bad_images": spec.skip_bad_images, "split_seed": spec.split_seed, "holdout": spec.holdout}
+    with join() as ranks:
+        source = ranks.first_then_others(
+            lambda: open_source(data or spec.data, image_size=student.image_size, **settings)  # type: ignore[union-attr]
+        )
+        if split not in source.splits:
+            raise unknown_name("split", split, source.splits)
+        if source.classes != student.classes:
+            raise AttarError(
+                f"'{source.name}' has other classes, or in another order, than those the student was trained on "
+                f"({len(source.classes)} against {len(student.classes)}): give images of the same classes."
+            )
+        return evaluate(
+            student.network.to(ranks.device),
+            source.splits[split],
+            Normalization(student.mean, student.std),
+            len(source.classes),
+            ranks=ranks,
+            channels_last=spec.channels_last if spec is not None else True,
+        )

@@ -1,0 +1,107 @@
+"""The end of a run: the selected weights, stripped and saved, the test set read once, the result."""
+
+from __future__ import annotations
+
+import itertools
+from typing import Any
+
+import torch
+import torchvision
+from torch import nn
+
+from attar import __version__
+from attar.data import Normalization
+from attar.errors import AttarError
+from attar.train.evaluate import evaluate
+from attar.train.precision import resolved
+from attar.train.run import Run
+from attar.train.run_folder import RunFolder
+from attar.train.student import Student, load_student, save_student
+
+__all__ = ["finish"]
+
+
+def finish(run: Run, home: RunFolder) -> dict[str, Any]:
+    """Save the plain student with the weights that the hold-out chose, measure it on the test images, write the result.
+
+    The test images are read here and nowhere before. The student is measured as it was saved, so that whoever loads it
+    gets the same numbers.
+    """
+    spec, source, ranks = run.spec, run.source, run.ranks
+    best = ranks.on_first(home.checkpoints.load_best)
+    if best["step"] != run.best["step"]:
+        raise AttarError(
+            f"'{home.checkpoints.best}' is not this run's: delete '{home.checkpoints.folder}' and run the same command "
+            "again to train from the beginning."
+        )
+    run.take(best)
+    others = {name: _measure_other(run, name) for name in run.distiller.deployables()}
+    if run.best["selected"] == "ema":
+        run.distiller.student.load_state_dict(best["ema"])
+    stripped, refusal = _strip(run)
+    student = Student(
+        stripped, spec.model, dict(spec.model_options), source.classes, source.mean, source.std, source.image_size
+    )
+    # Large images are evaluated on the central part of a slightly larger resize.
+    crop = 1.0 if source.test.pixels is not None else 0.875
+    ranks.on_first(lambda: save_student(home.student, student, crop=crop))
+    saved = load_student(home.student).network.to(ranks.device) if ranks.first else stripped
+    ranks.share(itertools.chain(saved.parameters(), saved.buffers()))
+    test = evaluate(
+        saved,
+        source.test,
+        Normalization(source.mean, source.std),
+        source.num_classes,
+        ranks=ranks,
+        channels_last=spec.channels_last,
+    )
+    chosen = {name: value for name, value in run.best.items() if name not in ("epoch", "step", "selected")}
+    result = {
+        "methods": [method.model_dump(mode="json") for method in spec.methods],
+        "model": spec.model,
+        "data": spec.data,
+        "seed": spec.seed,
+        "test": test.as_dict(),
+        "holdout": chosen,
+        "best_epoch": run.best["epoch"],
+        "selected": run.best["selected"],
+        "deployables": others,
+        "epochs": spec.epochs,
+        "steps": run.total_steps,
+        "parameters": {"deployed": _count(stripped), "training": _count(run.distiller)},
+        "training_seconds": run.seconds,
+        "images_per_second": run.total_steps * run.batch / run.seconds,
+        "terms": {name: {"loss": mean, "weight": run.weights[name]} for name, mean in run.means.items()},
+        "exportable": refusal is None,
+        "export_refusal": refusal,
+        "precision": resolved(spec.precision, ranks.device),
+        "device": ranks.device.type,
+        "processes": ranks.world,
+        "data_fingerprint": source.fingerprint,
+        "versions": {"attar": __version__, "torch": torch.__version__, "torchvision": torchvision.__version__},
+    }
+    ranks.on_first(lambda: home.finish(result))
+    return result
+
+
+def _measure_other(run: Run, name: str) -> dict[str, Any]:
+    """Measure another network that the training yields (ONE's ensemble), as it would stand alone."""
+    network = run.distiller.strip(name, prove_export=False)
+    return {
+        "holdout": run.evaluate(network, "holdout").as_dict(),
+        "test": run.evaluate(network, "test").as_dict(),
+        "parameters": _count(network),
+    }
+
+
+def _strip(run: Run) -> tuple[nn.Module, str | None]:
+    """Return the proved plain student, and why `torch.export` refuses it if it does: training was not in vain."""
+    try:
+        return run.distiller.strip(), None
+    except AttarError as error:
+        # Refuses again unless export alone was the reason.
+        return run.distiller.strip(prove_export=False), str(error)
+
+
+def _count(network: nn.Module) -> int:
+    return sum(parameter.numel() for parameter in network.parameters())

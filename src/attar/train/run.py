@@ -1,0 +1,207 @@
+"""One run's state: built the same in every process, saved and restored whole."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from timm.scheduler.scheduler import Scheduler
+from timm.utils import ModelEmaV3
+from torch import nn
+
+from attar.data import Loader, Normalization, Shuffled, Source, augmentation
+from attar.distiller import Distiller
+from attar.errors import AttarError
+from attar.spec import TrainSpec
+from attar.tasks import Classification
+from attar.train.build import build_methods, build_model, build_source
+from attar.train.distributed import Ranks
+from attar.train.evaluate import Metrics, evaluate
+from attar.train.meter import Meter, advice
+from attar.train.run_folder import RunFolder
+from attar.train.schedule import make_optimizer, make_schedule
+from attar.train.tracking import Tracker
+
+__all__ = ["Run"]
+
+_COMPILE_REPAYS = 1000  # steps from which on compiling for minutes is worth it on a GPU
+
+
+@dataclass
+class Run:
+    """Everything that lives while a run trains.
+
+    Attributes:
+        step_module: the distiller, compiled and wrapped for several processes as the spec asks: what a step calls.
+        batch: images a step over all processes.
+        step: steps done.
+        seconds: spent in training steps, evaluation and saving left out.
+        best: of the epochs so far, by the hold-out: `epoch`, `step`, `selected` ("student" or "ema"), metrics.
+        means: of every term over the last whole epoch.
+        weights: of every term in the last step of that epoch.
+        saved_step: step of the last checkpoint.
+    """
+
+    spec: TrainSpec
+    ranks: Ranks
+    source: Source
+    distiller: Distiller
+    step_module: nn.Module
+    compiled: bool
+    optimizer: torch.optim.Optimizer
+    schedule: Scheduler
+    ema: ModelEmaV3 | None
+    loader: Loader
+    batch: int
+    meter: Meter
+    step: int = 0
+    seconds: float = 0.0
+    best: dict[str, Any] = field(default_factory=dict)
+    means: dict[str, float] = field(default_factory=dict)
+    weights: dict[str, float] = field(default_factory=dict)
+    saved_step: int | None = None
+
+    @classmethod
+    def prepare(cls, spec: TrainSpec, ranks: Ranks) -> Run:
+        """Build everything that the spec names; nothing is written into the run folder.
+
+        Raises:
+            AttarError: the data, the model, a method or an option is refused.
+        """
+        source = ranks.first_then_others(lambda: build_source(spec))
+        sampler = Shuffled(len(source.train), spec.batch, spec.seed, drop_last=not spec.keep_last, world=ranks.world)
+        # From here to the built distiller everything draws from this seed: the student first, so that runs of one seed
+        # start from the same student whatever their methods.
+        torch.manual_seed(spec.seed)
+        memory = torch.channels_last if spec.channels_last else torch.contiguous_format
+        student = _placed(build_model(spec, source.num_classes), ranks, memory)
+        methods = build_methods(spec, source.num_classes)
+        task, normalization = Classification(source.num_classes), Normalization(source.mean, source.std)
+        distiller = Distiller(student, methods, task, normalization=(source.mean, source.std), stages=spec.stages)
+        distiller.build(torch.randn(2, 3, *source.image_size, device=ranks.device))
+        _placed(distiller, ranks, memory)
+        loader = Loader(
+            source.train,
+            sampler,
+            augmentation(spec.augment or source.default_augmentation),
+            normalization,
+            ranks.device,
+            rank=ranks.rank,
+            world=ranks.world,
+            views=distiller.views,
+            seed=spec.seed,
+        )
+        optimizer = make_optimizer(spec, distiller)
+        total_steps = spec.epochs * loader.steps_per_epoch
+        repays = ranks.device.type == "cuda" and total_steps >= _COMPILE_REPAYS
+        compiled = spec.compile == "on" or (spec.compile == "auto" and repays)
+        # Compile inside, DDP outside.
+        step_module = ranks.wrap(torch.compile(distiller) if compiled else distiller)  # type: ignore[arg-type]
+        return cls(
+            spec,
+            ranks,
+            source,
+            distiller,
+            step_module,
+            compiled,
+            optimizer,
+            make_schedule(spec, optimizer, total_steps),
+            ModelEmaV3(student, spec.ema, use_warmup=True) if spec.ema is not None else None,
+            loader,
+            sampler.batch,
+            Meter(ranks),
+        )
+
+    @property
+    def steps_per_epoch(self) -> int:
+        """Steps of one epoch."""
+        return self.loader.steps_per_epoch
+
+    @property
+    def total_steps(self) -> int:
+        """Steps of the whole run."""
+        return self.spec.epochs * self.steps_per_epoch
+
+    def evaluate(self, network: nn.Module, split: str) -> Metrics:
+        """Measure a network of this run; the first process's batch statistics hold for all."""
+        self.ranks.share(network.buffers())
+        return evaluate(
+            network,
+            self.source.splits[split],
+            self.loader.normalization,
+            self.source.num_classes,
+            ranks=self.ranks,
+            channels_last=self.spec.channels_last,
+        )
+
+    def learnt(self) -> dict[str, Any]:
+        """Return what the networks have learnt so far."""
+        ema = self.ema.module.state_dict() if self.ema is not None else None
+        return {"step": self.step, "distiller": self.distiller.state_dict(), "ema": ema}
+
+    def take(self, learnt: dict[str, Any]) -> None:
+        """Put back what `learnt` returned."""
+        self.distiller.load_state_dict(learnt["distiller"])
+        if self.ema is not None:
+            self.ema.module.load_state_dict(learnt["ema"])
+
+    def check(self) -> None:
+        """Refuse numbers that are not finite, before they are saved.
+
+        Raises:
+            AttarError: naming the term and step, and the checkpoint that is kept.
+        """
+        self.meter.check(self.saved_step)
+        norms = torch._foreach_norm([parameter.detach() for parameter in self.distiller.parameters()])
+        if self.ranks.any([not bool(torch.stack(norms).isfinite().all())])[0]:
+            raise AttarError(
+                f"The gradient became NaN or infinite by step {self.step} though every term was finite: "
+                f"{advice(self.saved_step)}"
+            )
+
+    def save(self, home: RunFolder, tracker: Tracker) -> None:
+        """Write a checkpoint of this moment, once it is known to be worth going on from."""
+        self.check()
+        state = {
+            **self.learnt(),
+            "optimizer": self.optimizer.state_dict(),
+            "meter": self.meter.state_dict(),
+            "seconds": self.seconds,
+            "best": self.best,
+            "means": self.means,
+            "weights": self.weights,
+            "history": tracker.position,
+            "data": self.source.fingerprint,
+        }
+        self.ranks.on_first(lambda: home.checkpoints.save(self.step, state))
+        self.saved_step = self.step
+
+    def resume(self, home: RunFolder) -> int:
+        """Go on from the newest whole checkpoint; return how many bytes of the history belong to it (0: a new run).
+
+        Raises:
+            AttarError: every checkpoint is damaged, or the images are not those the run began with.
+        """
+        state = self.ranks.on_first(home.checkpoints.latest)
+        if state is None:
+            return 0
+        if state["data"] != self.source.fingerprint:
+            raise AttarError(
+                f"The images of '{self.spec.data}' have changed since the run in '{home.path}' began: "
+                "choose another run folder, or overwrite it."
+            )
+        self.step = self.saved_step = state["step"]
+        if self.step % self.steps_per_epoch:
+            # First what methods do at an epoch's start, then what they have learnt since.
+            self.distiller.epoch_start(self.step // self.steps_per_epoch, self.spec.epochs)
+        self.take(state)
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.meter.load_state_dict(state["meter"])
+        self.seconds, self.best = state["seconds"], state["best"]
+        self.means, self.weights = state["means"], state["weights"]
+        return int(state["history"])
+
+
+def _placed(module: nn.Module, ranks: Ranks, memory: torch.memory_format) -> nn.Module:
+    return module.to(device=ranks.device, memory_format=memory)  # type: ignore[call-overload, no-any-return]

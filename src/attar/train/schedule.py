@@ -1,0 +1,56 @@
+"""The optimiser, and its learning rate as a pure function of the step."""
+
+from __future__ import annotations
+
+import torch
+from timm.optim import param_groups_weight_decay
+from timm.scheduler import CosineLRScheduler, MultiStepLRScheduler
+from timm.scheduler.scheduler import Scheduler
+from torch import nn
+
+from attar.distiller import Distiller
+from attar.spec import TrainSpec
+
+__all__ = ["make_optimizer", "make_schedule"]
+
+
+def make_optimizer(spec: TrainSpec, distiller: Distiller) -> torch.optim.Optimizer:
+    """Return SGD or AdamW over student and auxiliaries.
+
+    SGD decays every parameter, as the papers' code does; AdamW decays neither vectors (biases, norms) nor what the
+    student exempts by timm's `no_weight_decay`.
+    """
+    if spec.optimizer == "sgd":
+        parameters = [parameter for parameter in distiller.parameters() if parameter.requires_grad]
+        nesterov = spec.nesterov and spec.momentum > 0
+        return torch.optim.SGD(
+            parameters,
+            lr=spec.lr,
+            momentum=spec.momentum,
+            weight_decay=spec.weight_decay,
+            nesterov=nesterov,
+            fused=True,
+        )
+    groups = param_groups_weight_decay(distiller, spec.weight_decay, no_weight_decay_list=_exempt(distiller.student))
+    return torch.optim.AdamW(groups, lr=spec.lr, weight_decay=spec.weight_decay, fused=True)
+
+
+def _exempt(student: nn.Module) -> set[str]:
+    exempt = getattr(student, "no_weight_decay", None)
+    return {f"student.{name}" for name in exempt()} if callable(exempt) else set()
+
+
+def make_schedule(spec: TrainSpec, optimizer: torch.optim.Optimizer, total_steps: int) -> Scheduler:
+    """Return a schedule whose `step_update(step)` sets the rate of that step (0-based), whatever came before.
+
+    Definition: over the first `warmup` share of the run lr (t + 1) / (W + 1); then `cosine` falls to 0 over the rest,
+    `step` multiplies by `gamma` at every milestone's share of the whole run, `constant` stays.
+    """
+    warmup = round(spec.warmup * total_steps)
+    common = {"warmup_t": warmup, "warmup_lr_init": spec.lr / (warmup + 1), "t_in_epochs": False}
+    if spec.schedule == "cosine":
+        return CosineLRScheduler(optimizer, t_initial=max(total_steps - warmup, 1), warmup_prefix=True, **common)
+    milestones = sorted(spec.milestones) if spec.schedule == "step" else []
+    # timm applies a milestone one update early; the rate falls at the step that the share names.
+    falls = [round(share * total_steps) + 1 for share in milestones]
+    return MultiStepLRScheduler(optimizer, decay_t=falls, decay_rate=spec.gamma, warmup_prefix=False, **common)
