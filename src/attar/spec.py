@@ -151,6 +151,8 @@ def method_options(method: type) -> type[BaseModel]:
     hints = typing.get_type_hints(method.__init__)  # type: ignore[misc]
     teachers = teacher_options(method)
     for name, parameter in inspect.signature(method).parameters.items():
+        if parameter.kind in (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD):
+            continue  # a method without a constructor of its own has nn.Module's
         kind = hints.get(name, Any)
         if name in teachers:
             kind = tuple[str, ...]

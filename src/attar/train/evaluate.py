@@ -55,7 +55,6 @@ def evaluate(
     num_classes: int,
     *,
     ranks: Ranks | None = None,
-    channels_last: bool = True,
 ) -> Metrics:
     """Measure a network in evaluation mode, in float32, every image of the split exactly once.
 
@@ -68,7 +67,6 @@ def evaluate(
         normalization: of the network's images.
         num_classes: K.
         ranks: the processes that share the work; default: this one alone, on the network's device.
-        channels_last: memory format of the network's weights, as in training.
     """
     from torchmetrics import MeanMetric, MetricCollection
     from torchmetrics.classification import MulticlassAccuracy, MulticlassCalibrationError
@@ -84,7 +82,6 @@ def evaluate(
 
     loader = EvalLoader(split, _BATCH, normalization, ranks.device)
     loader.batches = loader.batches[ranks.rank :: ranks.world]
-    network.to(memory_format=torch.channels_last if channels_last else torch.contiguous_format)
     modes = {module: module.training for module in network.modules()}
     network.eval()
     # Autotuned kernels may differ from run to run.
@@ -142,10 +139,9 @@ def evaluate_run(folder: str | Path, *, data: str | None = None, split: str = "t
                 f"({len(source.classes)} against {len(student.classes)}): give images of the same classes."
             )
         return evaluate(
-            student.network.to(ranks.device),
+            student.network.to(device=ranks.device, memory_format=torch.channels_last),  # type: ignore[call-overload]
             source.splits[split],
             Normalization(student.mean, student.std),
             len(source.classes),
             ranks=ranks,
-            channels_last=spec.channels_last if spec is not None else True,
         )

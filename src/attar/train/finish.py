@@ -45,7 +45,8 @@ def finish(run: Run, home: RunFolder) -> dict[str, Any]:
     # Large images are evaluated on the central part of a slightly larger resize.
     crop = 1.0 if source.test.pixels is not None else 0.875
     ranks.on_first(lambda: save_student(home.student, student, crop=crop))
-    saved = load_student(home.student).network.to(ranks.device) if ranks.first else stripped
+    saved = load_student(home.student).network if ranks.first else stripped
+    saved.to(device=ranks.device, memory_format=torch.channels_last)  # type: ignore[call-overload]
     ranks.share(itertools.chain(saved.parameters(), saved.buffers()))
     test = evaluate(
         saved,
@@ -53,7 +54,6 @@ def finish(run: Run, home: RunFolder) -> dict[str, Any]:
         Normalization(source.mean, source.std),
         source.num_classes,
         ranks=ranks,
-        channels_last=spec.channels_last,
     )
     chosen = {name: value for name, value in run.best.items() if name not in ("epoch", "step", "selected")}
     result = {

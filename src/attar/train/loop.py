@@ -62,7 +62,7 @@ def fit(
         stored = ranks.on_first(lambda: home.examine(spec, overwrite))
         if stored is not None:
             if ranks.first:
-                console.print(f"'{home.path}' is finished: this is its stored result.", markup=False, highlight=False)
+                console.print(f"'{home.path}' is finished: this is its stored result.", markup=False, soft_wrap=True)
             return stored
         run = Run.prepare(spec, ranks)
         about = environment(
@@ -129,10 +129,19 @@ def _train(run: Run, home: RunFolder, tracker: Tracker, stop_after: int | None) 
 
 def _step(run: Run, sample: Sample, seed: int, progress: Tensor) -> Terms:
     """Take one optimiser step; nothing here waits for the device."""
-    torch.manual_seed(seed)
+    # torch.manual_seed would look for devices that are not used, at many times the cost.
+    torch.default_generator.manual_seed(seed)
+    if run.ranks.device.type == "cuda":
+        torch.cuda.manual_seed(seed)
     run.schedule.step_update(run.step)
     views = run.distiller.views
-    batch = Batch(sample.images, sample.targets, sample.index, labels=sample.targets, views=views)
+    batch = Batch(
+        sample.images.contiguous(memory_format=run.memory),
+        sample.targets,
+        sample.index,
+        labels=sample.targets,
+        views=views,
+    )
     try:
         with autocast(run.spec.precision, run.ranks.device):
             terms: Terms = run.step_module(batch, progress)

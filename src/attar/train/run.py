@@ -18,6 +18,7 @@ from attar.tasks import Classification
 from attar.train.build import build_methods, build_model, build_source
 from attar.train.distributed import Ranks
 from attar.train.evaluate import Metrics, evaluate
+from attar.train.memory import memory_format
 from attar.train.meter import Meter, advice
 from attar.train.run_folder import RunFolder
 from attar.train.schedule import make_optimizer, make_schedule
@@ -35,6 +36,7 @@ class Run:
     Attributes:
         step_module: the distiller, compiled and wrapped for several processes as the spec asks: what a step calls.
         batch: images a step over all processes.
+        memory: format of weights and images.
         step: steps done.
         seconds: spent in training steps, evaluation and saving left out.
         best: of the epochs so far, by the hold-out: `epoch`, `step`, `selected` ("student" or "ema"), metrics.
@@ -54,6 +56,7 @@ class Run:
     ema: ModelEmaV3 | None
     loader: Loader
     batch: int
+    memory: torch.memory_format
     meter: Meter
     step: int = 0
     seconds: float = 0.0
@@ -74,13 +77,15 @@ class Run:
         # From here to the built distiller everything draws from this seed: the student first, so that runs of one seed
         # start from the same student whatever their methods.
         torch.manual_seed(spec.seed)
-        memory = torch.channels_last if spec.channels_last else torch.contiguous_format
-        student = _placed(build_model(spec, source.num_classes), ranks, memory)
+        student = build_model(spec, source.num_classes)
+        memory = memory_format(student, ranks.device, spec.channels_last)
+        student.to(device=ranks.device, memory_format=memory)  # type: ignore[call-overload]
         methods = build_methods(spec, source.num_classes)
         task, normalization = Classification(source.num_classes), Normalization(source.mean, source.std)
         distiller = Distiller(student, methods, task, normalization=(source.mean, source.std), stages=spec.stages)
         distiller.build(torch.randn(2, 3, *source.image_size, device=ranks.device))
-        _placed(distiller, ranks, memory)
+        memory = memory_format(distiller, ranks.device, spec.channels_last)  # an auxiliary may forbid it too
+        distiller.to(device=ranks.device, memory_format=memory)  # type: ignore[call-overload]
         loader = Loader(
             source.train,
             sampler,
@@ -110,6 +115,7 @@ class Run:
             ModelEmaV3(student, spec.ema, use_warmup=True) if spec.ema is not None else None,
             loader,
             sampler.batch,
+            memory,
             Meter(ranks),
         )
 
@@ -132,7 +138,6 @@ class Run:
             self.loader.normalization,
             self.source.num_classes,
             ranks=self.ranks,
-            channels_last=self.spec.channels_last,
         )
 
     def learnt(self) -> dict[str, Any]:
@@ -201,7 +206,3 @@ class Run:
         self.seconds, self.best = state["seconds"], state["best"]
         self.means, self.weights = state["means"], state["weights"]
         return int(state["history"])
-
-
-def _placed(module: nn.Module, ranks: Ranks, memory: torch.memory_format) -> nn.Module:
-    return module.to(device=ranks.device, memory_format=memory)  # type: ignore[call-overload, no-any-return]
