@@ -214,8 +214,8 @@ def test_strip_proves_what_it_returns() -> None:
     distiller = attar.Distiller(Restless(), [], attar.Classification(3)).build(IMAGES.float())
     with pytest.raises(AttarError, match="to the last bit"):
         distiller.strip()
-    with pytest.raises(AttarError, match="did you mean 'ONE.ensemble'"):
-        built(ONE()).strip("ONE.ensembel")
+    with pytest.raises(AttarError, match=r"did you mean 'ONE\.ensemble'"):
+        built(ONE()).strip(deployable="ONE.ensembel")
 
 
 def test_a_built_distiller_is_saved_by_its_state() -> None:

@@ -1,7 +1,7 @@
 """Numerical fidelity: every golden case, computed by the published code, reproduced in float64.
 
-The directory is `ATTAR_GOLDEN` (default: tests/golden). A case of a known file that no handler takes is a failure; a file
-of a method that is not built yet is reported as such.
+The directory is `ATTAR_GOLDEN` (default: tests/golden). A case of a known file that no handler takes is a failure; a
+file of a method that is not built yet is reported as such.
 """
 
 from __future__ import annotations

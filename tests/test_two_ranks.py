@@ -1,4 +1,4 @@
-"""Two gloo processes give the losses and gradients of one on the same global batch, in float64 and without batch norm."""
+"""Two gloo processes give the losses and gradients of one on the same global batch (float64, no batch norm)."""
 
 from __future__ import annotations
 

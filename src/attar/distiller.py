@@ -239,10 +239,9 @@ class Distiller(nn.Module):
                 ) from error
 
     def __getstate__(self) -> dict[str, Any]:
-        state = super().__getstate__()  # type: ignore[misc]
-        if state.get("_recorder") is not None:
+        if self._recorder is not None:
             raise AttarError("A built distiller is not pickled or copied whole: save its state_dict() instead.")
-        return state  # type: ignore[no-any-return]
+        return self.__dict__
 
 
 def refuse_impossible(methods: Sequence[Method]) -> None:

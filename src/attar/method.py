@@ -42,19 +42,19 @@ class Batch:
     def of(cls, batch: Batch | Sequence[Tensor]) -> Batch:
         """Accept a Batch or a plain (images, targets[, index]) tuple, as most data loaders yield it."""
         if not isinstance(batch, Batch):
-            batch = cls(*batch[:3])
+            batch = cls(batch[0], batch[1], batch[2] if len(batch) > 2 else None)
         if batch.labels is None and not batch.targets.is_floating_point():
             batch = dataclasses.replace(batch, labels=batch.targets)
         return batch
 
     def to(self, device: torch.device | str, non_blocking: bool = False) -> Batch:
         """Return the batch on another device."""
-        move = {
-            field.name: value.to(device, non_blocking=non_blocking)
-            for field in dataclasses.fields(self)
-            if isinstance(value := getattr(self, field.name), Tensor)
-        }
-        return dataclasses.replace(self, **move)
+
+        def move(tensor: Tensor | None) -> Tensor | None:
+            return None if tensor is None else tensor.to(device, non_blocking=non_blocking)
+
+        images, targets = (tensor.to(device, non_blocking=non_blocking) for tensor in (self.images, self.targets))
+        return Batch(images, targets, move(self.index), move(self.labels), self.views)
 
 
 @dataclass(frozen=True)
@@ -198,7 +198,8 @@ class Method(nn.Module):
     def _apply(self: _M, fn: Callable[..., Any], recurse: bool = True) -> _M:
         for teacher in self.teachers:
             teacher.apply(fn)
-        return super()._apply(fn, recurse)
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        return self
 
     if TYPE_CHECKING:
         # nn.Module types every attribute as Tensor | Module; subclasses annotate what they set.

@@ -78,6 +78,6 @@ class Teacher:
 
     def apply(self, fn: Callable[..., Any]) -> None:
         """Follow a method to another device or precision."""
-        self.network._apply(fn)
+        self.network._apply(fn)  # type: ignore[no-untyped-call]
         if self._scale is not None and self._shift is not None:
             self._scale, self._shift = fn(self._scale), fn(self._shift)

@@ -66,7 +66,8 @@ def test_non_square_images() -> None:
     assert [(s.height, s.width) for s in anatomy.stages] == [(16, 24), (8, 12), (4, 6), (2, 3)]
     swin = torchvision.models.swin_t(num_classes=5)
     anatomy, _ = survey(swin, torch.randn(2, 3, 64, 96))
-    assert [(s.channels, s.height, s.width) for s in anatomy.stages][0] == (96, 16, 24)
+    first = anatomy.stages[0]
+    assert (first.channels, first.height, first.width) == (96, 16, 24)
 
 
 def test_named_stages() -> None:

@@ -16,7 +16,12 @@ from attar.testing import MethodContract
 
 def small_teacher(classes: int) -> nn.Module:
     return nn.Sequential(
-        nn.Conv2d(3, 8, 3, 2), nn.BatchNorm2d(8), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, classes)
+        nn.Conv2d(3, 8, 3, 2),
+        nn.BatchNorm2d(8),
+        nn.ReLU(),
+        nn.AdaptiveAvgPool2d(1),
+        nn.Flatten(),
+        nn.Linear(8, classes),
     )
 
 
@@ -41,9 +46,9 @@ def contract(
             return architecture.make(self.num_classes)
 
     if not compiled:
-        Contract = type("Contract", (Contract,), {"test_compiled_step_equals_eager": None})  # noqa: N806
+        Contract = type("Contract", (Contract,), {"test_compiled_step_equals_eager": None})
     if not architecture.common:
-        Contract = pytest.mark.slow(Contract)  # noqa: N806
+        Contract = pytest.mark.slow(Contract)
     Contract.__name__ = Contract.__qualname__ = f"Test{name}On_{architecture.name}"
     return Contract
 

@@ -43,7 +43,9 @@ def test_terms_and_weights() -> None:
 
 def test_weight_zero_is_plain_training() -> None:
     distiller = built(KD(net(), weight=0.0, task_weight=1.0))
-    torch.testing.assert_close(distiller((IMAGES, LABELS), 0.5).total(), distiller((IMAGES, LABELS), 0.5).losses["task"])
+    torch.testing.assert_close(
+        distiller((IMAGES, LABELS), 0.5).total(), distiller((IMAGES, LABELS), 0.5).losses["task"]
+    )
 
 
 def test_a_cold_teacher_is_its_own_arg_max() -> None:

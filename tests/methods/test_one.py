@@ -198,7 +198,7 @@ def test_published_sizes() -> None:
     """One.md: ResNet-32 on 100 classes trains 1,193,189 parameters for 472,756; the gate holds 105."""
     import timm
 
-    import attar.zoo  # noqa: F401
+    import attar.zoo
 
     for name, plain, whole, gate in (
         ("cifar_resnet32", 472_756, 1_193_189, 105),
@@ -214,7 +214,7 @@ def test_published_sizes() -> None:
 def test_native_ensemble_is_the_gated_mixture() -> None:
     distiller = built(ONE(), batch_norm=True).train()
     distiller((IMAGES, LABELS), 1.0).total().backward()
-    ensemble = distiller.strip("ONE.ensemble")
+    ensemble = distiller.strip(deployable="ONE.ensemble")
     distiller.eval()
     method = distiller.methods["ONE"]
     low = distiller.student.low(IMAGES)

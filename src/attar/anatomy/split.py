@@ -101,10 +101,7 @@ def split(network: nn.Module, cut: str, images: Tensor, tail: nn.Module | None =
         network.get_submodule(cut)
     except AttributeError as error:
         raise AttarError(f"There is no module '{cut}' in {type(network).__name__} to cut at.") from error
-    if tail is not None:
-        halves = Split(cut, _Prefix(network, cut), tail, (Tap(cut),))
-    else:
-        halves = _traced_halves(network, cut)
+    halves = _traced_halves(network, cut) if tail is None else Split(cut, _Prefix(network, cut), tail, (Tap(cut),))
     if not any(True for _ in halves.tail.parameters()):
         raise AttarError(f"No layer lies behind '{cut}' in {type(network).__name__}: cut at an earlier stage.")
     _prove(network, halves, images)
@@ -251,7 +248,8 @@ def _prove(network: nn.Module, halves: Split, images: Tensor) -> None:
             halves.tail.train(training)
             halves.trunk.train(training)
             results = []
-            for run in (network, lambda x: halves.tail(*halves.trunk(x))):
+            ways: tuple[Callable[[Tensor], Any], ...] = (network, lambda x: halves.tail(*halves.trunk(x)))
+            for run in ways:
                 _restore(network, buffers)
                 with torch.random.fork_rng(devices), torch.no_grad():
                     torch.manual_seed(0)
@@ -273,8 +271,8 @@ def _prove(network: nn.Module, halves: Split, images: Tensor) -> None:
             _guard_inputs(halves, images)
     finally:
         _restore(network, buffers)
-        for module, mode in modes.items():
-            module.training = mode
+        for module, was in modes.items():
+            module.training = was
 
 
 def _restore(network: nn.Module, buffers: dict[str, Tensor]) -> None:

@@ -74,10 +74,10 @@ class Anatomy:
         shapes = {call.module: call.shape for call in self.calls}
         if name not in shapes:
             raise unknown_name("stage or module", name, [n for n in shapes if n])
-        stage = _as_stage(name, shapes[name], self.input_shape, None, self.prefix_tokens)
-        if stage is None:
+        described = _as_stage(name, shapes[name], self.input_shape, None, self.prefix_tokens)
+        if described is None:
             raise AttarError(f"Module '{name}' returns {shapes[name]}, which is no feature map: choose another stage.")
-        return stage
+        return described
 
 
 def survey(
@@ -170,7 +170,14 @@ def _record_calls(network: nn.Module, images: Tensor) -> tuple[list[Call], Any]:
 def _find_classifier(calls: Sequence[Call], classes: int | None) -> Call | None:
     for call in reversed(calls):
         into = call.input_shape
-        if call.leaf and into and call.shape and len(into) == 2 and call.shape == (into[0], classes) and into[1] != classes:
+        if (
+            call.leaf
+            and into
+            and call.shape
+            and len(into) == 2
+            and call.shape == (into[0], classes)
+            and into[1] != classes
+        ):
             return call
     return None
 

@@ -70,13 +70,14 @@ class Supervised(Method):
         """Mix the images and soften the targets."""
         if not self.training or not (self.label_smoothing or self.mixup or self.cutmix):
             return batch
-        if batch.labels is None:
+        labels = batch.labels
+        if labels is None:
             raise AttarError("Supervised needs class indices as targets to smooth or mix them.")
         if self.mixup or self.cutmix:
-            images, targets = _mix(batch.images, batch.labels, self._num_classes, self.mixup, self.cutmix)
+            images, targets = _mix(batch.images, labels, self._num_classes, self.mixup, self.cutmix)
             batch = dataclasses.replace(batch, images=images, targets=targets, labels=None)
         else:
-            one_hot = F.one_hot(batch.labels, self._num_classes).to(batch.images.dtype)
+            one_hot = F.one_hot(labels, self._num_classes).to(batch.images.dtype)
             batch = dataclasses.replace(batch, targets=one_hot)
         smoothed = batch.targets * (1.0 - self.label_smoothing) + self.label_smoothing / self._num_classes
         return dataclasses.replace(batch, targets=smoothed)
@@ -86,7 +87,7 @@ class Supervised(Method):
         return {}
 
 
-@torch.compiler.disable
+@torch.compiler.disable  # type: ignore[untyped-decorator]
 def _mix(images: Tensor, labels: Tensor, num_classes: int, mixup: float, cutmix: float) -> tuple[Tensor, Tensor]:
     from torchvision.transforms import v2
 

@@ -54,7 +54,7 @@ class Classification:
             )
 
     def check_targets(self, targets: Tensor) -> None:
-        """Refuse labels outside 0..K-1 (synchronises with the device: for data set-up and `check`, not for the step)."""
+        """Refuse labels outside 0..K-1 (synchronises with the device: for data set-up, not for the step)."""
         if targets.is_floating_point():
             if targets.ndim != 2 or targets.shape[1] != self.num_classes:
                 raise AttarError(f"Soft targets must be [N, {self.num_classes}], not {list(targets.shape)}.")

@@ -69,7 +69,7 @@ class MethodContract:
         distiller.zero_grad(set_to_none=True)
         torch.manual_seed(0)
         terms = (distiller if run is None else run)(batch, torch.tensor(progress))
-        terms.total().backward()  # type: ignore[no-untyped-call]
+        terms.total().backward()
         return terms, {name: parameter.grad for name, parameter in distiller.named_parameters()}
 
     def test_terms_are_named_finite_scalars_with_weights(self) -> None:
