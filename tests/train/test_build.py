@@ -1,0 +1,122 @@
+"""From names to objects: every mistake is one sentence with the nearest valid name."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import safetensors.torch
+import torch
+from torch import nn
+
+from attar.errors import AttarError
+from attar.methods import KD, ONE
+from attar.spec import TrainSpec
+from attar.train import build_methods, build_model, build_source, load_teacher
+from attar.train.models import make_model
+from runs import tiny
+
+
+@pytest.mark.parametrize(
+    ("fields", "said"),
+    [
+        ({"model": "resnet81"}, "no model 'resnet81': did you mean 'resnet"),
+        ({"model": "torchvision:resnet81"}, "did you mean 'torchvision:resnet"),
+        ({"model_options": {"widht": 0.5}}, "'cifar_resnet20' cannot be made with these options .*widht"),
+        ({"model_options": {"width": 0.01}}, "width=0.01 leaves none of"),
+        ({"weights": "/nowhere.pt"}, "no weights file '/nowhere.pt'"),
+    ],
+)
+def test_models(fields: dict[str, Any], said: str) -> None:
+    with pytest.raises(AttarError, match=said):
+        build_model(tiny(**fields), 10)
+
+
+def test_torchvision_and_channels() -> None:
+    assert make_model("torchvision:squeezenet1_1", 4)(torch.randn(2, 3, 64, 64)).shape == (2, 4)
+    assert make_model("cifar_resnet20", 4, in_chans=1)(torch.randn(2, 1, 8, 8)).shape == (2, 4)
+
+
+@pytest.mark.parametrize("suffix", ["safetensors", "pt", "nested.pt"])
+def test_weights(suffix: str, tmp_path: Path) -> None:
+    torch.manual_seed(3)
+    source = make_model("cifar_resnet20", 10, {"width": 0.25}).state_dict()
+    path = tmp_path / f"weights.{suffix}"
+    if suffix == "safetensors":
+        safetensors.torch.save_file(source, path)
+    else:
+        torch.save({"state_dict": source} if "nested" in suffix else source, path)
+    loaded = build_model(tiny(weights=str(path)), 10).state_dict()
+    assert all(torch.equal(source[name], value) for name, value in loaded.items())
+    with pytest.raises(AttarError, match=r"holds fc.weight of shape \[10, 16\], but the model's is \[7, 16\]"):
+        build_model(tiny(weights=str(path)), 7)
+    with pytest.raises(AttarError, match="are these weights of the same model"):
+        build_model(tiny(weights=str(path), model="cifar_resnet32"), 10)
+    path.write_bytes(path.read_bytes()[:100])
+    with pytest.raises(AttarError, match="cannot be read as weights"):
+        build_model(tiny(weights=str(path)), 10)
+
+
+def test_a_file_that_runs_code_is_not_loaded(tmp_path: Path) -> None:
+    torch.save(nn.Linear(2, 2), tmp_path / "module.pt")
+    with pytest.raises(AttarError, match="cannot be read as weights"):
+        build_model(tiny(weights=str(tmp_path / "module.pt")), 10)
+    torch.save([1, 2], tmp_path / "list.pt")
+    with pytest.raises(AttarError, match="holds no table of tensors"):
+        build_model(tiny(weights=str(tmp_path / "list.pt")), 10)
+
+
+@pytest.mark.parametrize(
+    ("method", "said"),
+    [
+        ("ONNE", "no method 'ONNE': did you mean 'ONE'"),
+        ({"name": "ONE", "options": {"brances": 2}}, "ONE: There is no option 'brances': did you mean 'branches'"),
+        ({"name": "ONE", "options": {"branches": "many"}}, "ONE: Option 'branches' cannot be 'many'"),
+        ({"name": "ONE", "options": {"branches": 0}}, "ONE needs at least one branch"),
+        ("KD", "KD: Option 'teachers' must be given"),
+        ({"name": "KD", "options": {"teachers": "/nowhere"}}, "no teacher '/nowhere'"),
+        ({"name": "KD", "options": {"teachers": ["resnet81=/w.pt"]}}, "no model 'resnet81'"),
+    ],
+)
+def test_methods(method: str | dict[str, Any], said: str) -> None:
+    with pytest.raises(AttarError, match=said):
+        build_methods(tiny(method), 10)
+
+
+def test_options_reach_the_method() -> None:
+    (one,) = build_methods(tiny({"name": "one", "options": {"branches": 4, "variant": "paper"}}), 10)
+    assert isinstance(one, ONE)
+    assert (one.branches, one.ramp) == (4, 0.0)
+
+
+def test_teachers(one_run: tuple[Path, TrainSpec, dict[str, Any]], tmp_path: Path) -> None:
+    folder, _, _ = one_run
+    path = tmp_path / "resnet.safetensors"
+    safetensors.torch.save_file(make_model("cifar_resnet20", 10).state_dict(), path)
+    given = {"name": "KD", "options": {"teachers": [str(folder), f"cifar_resnet20={path}"]}}
+    (kd,) = build_methods(tiny(given), 10)
+    assert isinstance(kd, KD)
+    of_run, of_file = kd.teachers
+    source = build_source(tiny())
+    assert of_run.normalization is not None
+    assert of_run.normalization.mean == pytest.approx(source.mean)
+    assert of_run.image_size == 8
+    assert (of_file.normalization, of_file.image_size) == (None, None)
+    with pytest.raises(AttarError, match="knows 10 classes, but the data have 100"):
+        load_teacher(str(folder), 100)
+
+
+def test_train_limit_is_stratified_and_fixed() -> None:
+    source, again = build_source(tiny(train_limit=100)), build_source(tiny(train_limit=100, seed=5))
+    assert len(source.train) == 100
+    assert np.bincount(source.train.targets).min() >= 9
+    assert np.array_equal(source.train.index, again.train.index)
+    whole = build_source(tiny(train_limit=None))
+    assert set(source.train.index) <= set(whole.train.index)
+    position = {index: k for k, index in enumerate(whole.train.index)}
+    assert all(
+        whole.train.targets[position[index]] == target
+        for index, target in zip(source.train.index, source.train.targets, strict=True)
+    )
