@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import socket
 import subprocess
 import sys
+import time
 from collections.abc import Callable
+from multiprocessing.context import ForkServerProcess
 from pathlib import Path
 from typing import Any
 
@@ -23,12 +26,16 @@ from attar.train.models import make_model
 from runs import in_child, lines, quiet, tiny
 
 
-def two_ranks(work: Callable[..., None], *arguments: Any) -> list[int | None]:
+def two_ranks(
+    work: Callable[..., None], *arguments: Any, meanwhile: Callable[[list[ForkServerProcess]], None] | None = None
+) -> list[int | None]:
     """Run `work` in two processes as torchrun would start them; return their exit codes."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     children = [in_child(as_rank, rank, port, work, *arguments) for rank in range(2)]
+    if meanwhile is not None:
+        meanwhile(children)
     for child in children:
         child.join(120)
     codes = [child.exitcode for child in children]
@@ -181,6 +188,19 @@ def full_disk(spec: TrainSpec, folder: Path) -> None:
 def test_what_fails_in_the_first_process_stops_all(tmp_path: Path) -> None:
     assert two_ranks(full_disk, tiny(), tmp_path / "run") == [2, 2]
     assert [(tmp_path / f"said{rank}.txt").read_text() for rank in (0, 1)] == ["No space is left."] * 2
+
+
+def test_a_killed_process_does_not_hang_the_other(tmp_path: Path) -> None:
+    spec = tiny(epochs=500, log_every=1, train_limit=None)
+    path = tmp_path / "run/metrics.jsonl"
+
+    def once_training(children: list[ForkServerProcess]) -> None:
+        while children[0].is_alive() and not (path.exists() and path.read_bytes().count(b"\n") >= 2):
+            time.sleep(0.01)
+        children[1].kill()
+
+    assert two_ranks(train, spec, tmp_path / "run", None, meanwhile=once_training) == [2, -signal.SIGKILL]
+    assert "Another process of this run has failed" in (tmp_path / "said0.txt").read_text()
 
 
 def test_alone_nothing_is_communicated() -> None:

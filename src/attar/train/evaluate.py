@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import warnings
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -92,12 +93,15 @@ def evaluate(
             nll.update(F.cross_entropy(logits, targets, reduction="none"))
     for module, mode in modes.items():
         module.training = mode
-    values: dict[str, Tensor] = metrics.compute()
+    with warnings.catch_warnings():
+        # With fewer batches than processes some have seen nothing, which is no mistake here.
+        warnings.filterwarnings("ignore", message="The ``compute`` method of metric")
+        values: dict[str, Tensor] = {**metrics.compute(), "nll": nll.compute()}
     return Metrics(
         images=len(split),
         top1=_share(values["top1"], len(split)),
         top5=_share(values["top5"], len(split)) if "top5" in values else None,
-        nll=float(nll.compute()),
+        nll=float(values["nll"]),
         calibration_error=float(values["calibration_error"]),
     )
 

@@ -80,8 +80,7 @@ def finish(run: Run, home: RunFolder) -> dict[str, Any]:
         "data_fingerprint": source.fingerprint,
         "versions": {"attar": __version__, "torch": torch.__version__, "torchvision": torchvision.__version__},
     }
-    ranks.on_first(lambda: home.finish(result))
-    return result
+    return ranks.on_first(lambda: home.finish(result))
 
 
 def _measure_other(run: Run, name: str) -> dict[str, Any]:
@@ -95,9 +94,12 @@ def _measure_other(run: Run, name: str) -> dict[str, Any]:
 
 
 def _strip(run: Run) -> tuple[nn.Module, str | None]:
-    """Return the proved plain student, and why `torch.export` refuses it if it does: training was not in vain."""
+    """Return the proved plain student, and why `torch.export` refuses it if it does: training was not in vain.
+
+    One process asks `torch.export` for all.
+    """
     try:
-        return run.distiller.strip(), None
+        return run.distiller.strip(prove_export=run.ranks.first), None
     except AttarError as error:
         # Refuses again unless export alone was the reason.
         return run.distiller.strip(prove_export=False), str(error)

@@ -76,9 +76,10 @@ class RunFolder:
         sessions = read_json(earlier) if earlier.is_file() else []
         write_json(earlier, [*sessions, environment])
 
-    def finish(self, result: dict[str, Any]) -> None:
-        """Write `result.json`, whose presence says that the run is finished."""
+    def finish(self, result: dict[str, Any]) -> dict[str, Any]:
+        """Write `result.json`, whose presence says that the run is finished, and return what it says."""
         write_json(self.path / "result.json", result)
+        return result
 
 
 def _shown(value: Any) -> str:
