@@ -60,7 +60,7 @@ ARCHITECTURES = [
     _timm("seresnext26t_32x4d"),
     _timm("regnety_002"),
     _timm("densenet121"),
-    _timm("vgg11_bn"),
+    _timm("vgg11_bn", mlp_ratio=0.125),
     _timm("mobilenetv2_050", common=True),
     _timm("mobilenetv3_small_050", common=True),
     _timm("mobilenetv4_conv_small_035"),
@@ -106,5 +106,9 @@ ARCHITECTURES = [
     _torchvision("squeezenet1_1", 96),
     _torchvision("convnext_tiny"),
     _torchvision("swin_t"),
-    _torchvision("vit_b_16", 224),
+    Architecture(
+        "torchvision:vit",
+        32,
+        lambda classes: torchvision.models.VisionTransformer(32, 8, 4, 2, 64, 128, num_classes=classes),
+    ),
 ]

@@ -8,10 +8,9 @@ from architectures import ARCHITECTURES, Architecture, HandWritten
 from attar.anatomy import redraw_, replica, split, survey
 from attar.errors import AttarError
 
-QUICK = [a for a in ARCHITECTURES if a.name not in ("vgg11_bn", "torchvision:vit_b_16")]
 
 
-@pytest.mark.parametrize("architecture", QUICK, ids=lambda a: a.name)
+@pytest.mark.parametrize("architecture", ARCHITECTURES, ids=lambda a: a.name)
 def test_halves_equal_the_whole(architecture: Architecture) -> None:
     """`split` proves itself; here once more from outside, at every stage but the last, on other images."""
     torch.manual_seed(0)

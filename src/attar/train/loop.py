@@ -26,7 +26,7 @@ from attar.train.run_folder import RunFolder, environment
 from attar.train.stopping import Interrupted, StopRequest
 from attar.train.tracking import Tracker
 
-__all__ = ["fit"]
+__all__ = ["fit", "train_step"]
 
 _RANDOM = 4  # separates a step's random numbers from those of order and augmentation under the same seed
 
@@ -103,7 +103,7 @@ def _train(run: Run, home: RunFolder, tracker: Tracker, stop_after: int | None) 
             with closing(batches):
                 for sample, seed in zip(batches, _seeds(run), strict=True):
                     fraction = run.step / run.total_steps if spec.progress == "step" else epoch / spec.epochs
-                    terms = _step(run, sample, seed, progress.fill_(fraction))
+                    terms = train_step(run, sample, seed, progress.fill_(fraction))
                     run.meter.add(terms, run.step)
                     run.step += 1
                     tracker.advance()
@@ -127,7 +127,7 @@ def _train(run: Run, home: RunFolder, tracker: Tracker, stop_after: int | None) 
                 raise _interrupted(run, home)
 
 
-def _step(run: Run, sample: Sample, seed: int, progress: Tensor) -> Terms:
+def train_step(run: Run, sample: Sample, seed: int, progress: Tensor) -> Terms:
     """Take one optimiser step; nothing here waits for the device."""
     # torch.manual_seed would look for devices that are not used, at many times the cost.
     torch.default_generator.manual_seed(seed)
