@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import json
+import signal
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+from PIL import Image
 
 import attar
 from attar.cli import COMMANDS, main
 
-CHECK = ["--model", "cifar_resnet20", "--model-options", "width=0.25", "--data", "digits"]
+GOOGLENET = ["--model", "torchvision:googlenet", "--model-options", "init_weights=false"]
+CHECK = ["--model", "cifar_resnet20", "--model-options", "width=0.5", "--data", "digits"]
 
 
 def run(capsys: pytest.CaptureFixture[str], *words: str) -> tuple[int, str, str]:
@@ -88,7 +92,9 @@ def test_unknown_names_are_refused_with_the_nearest(capsys: pytest.CaptureFixtur
     assert refused(capsys, "--versoin") == "There is no option '--versoin': did you mean '--version'?"
     assert refused(capsys, "methods", "onne") == "There is no method 'onne': did you mean 'ONE'?"
     assert refused(capsys, "inspect", "cifar_resnet21").startswith("There is no model 'cifar_resnet21': did you mean '")
-    assert refused(capsys, "inspect", "torchvision:resnet19").startswith("There is no model 'resnet19': did you mean '")
+    assert refused(capsys, "inspect", "torchvision:resnet19").startswith(
+        "There is no model 'torchvision:resnet19': did you mean 'torchvision:"
+    )
     assert refused(capsys, "methods", "--clases", "3") == "There is no option '--clases': did you mean '--classes'?"
 
 
@@ -106,7 +112,10 @@ def test_unknown_names_are_refused_with_the_nearest(capsys: pytest.CaptureFixtur
         (["ONE", "--data", "digits"], "Option 'model' must be given."),
         (["ONE", "--model", "cifar_resnet20", "digits"], "'digits' has no meaning here"),
         (["ONE", *CHECK, "--one.branches", "many"], "Option '--ONE.branches' cannot be 'many'"),
-        (["ONE", *CHECK, "--one.gate", "open"], "Option '--ONE.gate' cannot be 'open': input should be 'learned' or 'mean'"),
+        (
+            ["ONE", *CHECK, "--one.gate", "open"],
+            "Option '--ONE.gate' cannot be 'open': input should be 'learned' or 'mean'",
+        ),
         (["ONE", *CHECK, "--holdout", "2"], "Option 'holdout' cannot be '2'"),
         (["ONE", *CHECK, "--model-options", "wide"], "Option '--model-options' takes NAME=VALUE pairs, not 'wide'."),
         (["KD", *CHECK], "Option '--KD.teachers' must be given."),
@@ -158,10 +167,10 @@ def test_inspect_says_why_a_method_cannot_work(capsys: pytest.CaptureFixture[str
     ("words", "sentence"),
     [
         (["--stages", "layer9"], "There is no stage or module 'layer9': did you mean 'layer"),
-        (["--model-options", "widht=2"], "Model 'cifar_resnet20' does not take"),
+        (["--model-options", "widht=2"], "Model 'cifar_resnet20' cannot be made with these options"),
         (["--classes", "1"], "Classification needs at least two classes"),
         (["--classes", "ten"], "Option '--classes': invalid int value: 'ten'"),
-        (["--image-size", "2"], "CifarResNet refuses images of shape"),
+        (["--image-size", "0"], "The image size must be at least 1 pixel a side, not 0."),
     ],
 )
 def test_inspect_refuses(capsys: pytest.CaptureFixture[str], words: list[str], sentence: str) -> None:
@@ -186,9 +195,13 @@ def test_check_passes_on_a_real_batch(capsys: pytest.CaptureFixture[str]) -> Non
         (["ONE", *CHECK, "--ONE.cut", "layer22"], "There is no stage or module 'layer22': did you mean 'layer2"),
         (["ONE", *CHECK, "--ONE.branches", "0"], "ONE needs at least one branch"),
         (["ONE+ONE", *CHECK], "ONE is given 2 times"),
-        (["ONE", *CHECK, "--model-options", "num_classes=7"], "Model 'cifar_resnet20' does not take"),
-        (["ONE", "--model", "torchvision:googlenet", "--data", "digits"], "The student returns a GoogLeNetOutputs"),
-        (["ONE", "--model", "cifar_resnet20", "--data", "digitz"], "There is no data source 'digitz': did you mean 'digits'?"),
+        (["ONE", *CHECK, "--model-options", "num_classes=7"], "The student returns [2, 7] instead of [N, 10]"),
+        (["plain", *CHECK, "--model-options", "num_classes=7"], "The student returns [2, 7] instead of [N, 10]"),
+        (["plain", *GOOGLENET, "--data", "digits", "--image-size", "32"], "The student returns a GoogLeNetOutputs"),
+        (
+            ["ONE", "--model", "cifar_resnet20", "--data", "digitz"],
+            "There is no data source 'digitz': did you mean 'digits'?",
+        ),
         (["ONE", *CHECK, "--augment", "corp"], "There is no augmentation 'corp': did you mean 'crop'?"),
     ],
 )
@@ -196,9 +209,198 @@ def test_check_refuses(capsys: pytest.CaptureFixture[str], words: list[str], sen
     assert refused(capsys, "check", *words).startswith(sentence)
 
 
+TINY = ["--model", "cifar_resnet20", "--model-options", "width=0.5", "--data", "digits", "--train-limit", "64"]
+
+
+@pytest.mark.parametrize(
+    ("words", "sentence"),
+    [
+        (["ONE", *TINY, "--ONE.cut", "layer22"], "There is no stage or module 'layer22': did you mean 'layer2"),
+        (["ONE", *TINY, "--stages", "layr1", "layer2"], "There is no stage or module 'layr1': did you mean 'layer1"),
+        (["ONE+ONE", *TINY], "ONE is given 2 times"),
+        (["plain", *TINY, "--model-options", "num_classes=7"], "The student returns [2, 7] instead of [N, 10]"),
+        (
+            ["plain", "--model", "cifar_resnet21", "--data", "digits"],
+            "There is no model 'cifar_resnet21': did you mean '",
+        ),
+        (["plain", *TINY, "--data", "cifr10"], "There is no data source 'cifr10': did you mean 'cifar10'?"),
+        (["plain", *TINY, "--data", "parquet:nowhere"], ""),
+        (["plain", *TINY, "--weights", "nowhere.safetensors"], "There is no weights file 'nowhere.safetensors'"),
+        (["KD", *TINY, "--KD.teachers", "nowhere"], "There is no teacher 'nowhere'"),
+        (["plain", *TINY, "--out", "a_file"], "'a_file' is a file"),
+        (["plain", *TINY, "--out", "a_file/below"], "'a_file"),
+        (["plain", *TINY, "--out", "others"], "'others' is not empty and holds no run"),
+    ],
+)
+def test_train_refuses_and_writes_nothing(
+    capsys: pytest.CaptureFixture[str],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    words: list[str],
+    sentence: str,
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("a_file").write_text("mine")
+    Path("others").mkdir()
+    Path("others/thesis.tex").write_text("mine")
+    code, _, err = run(capsys, "train", *words)
+    assert code == 2
+    assert err.startswith(f"attar: {sentence}")
+    assert err.count("\n") == 1
+    assert sorted(path.as_posix() for path in Path().rglob("*")) == ["a_file", "others", "others/thesis.tex"]
+    assert Path("a_file").read_text() == Path("others/thesis.tex").read_text() == "mine"
+
+
+def _photos(root: Path, classes: int, images: int) -> Path:
+    for label in range(classes):
+        (root / f"class{label}").mkdir(parents=True)
+        for number in range(images):
+            image = Image.new("RGB", (12, 12), (40 * label, number, 90))
+            image.save(root / f"class{label}" / f"{number}.png")
+    return root
+
+
+def test_train_says_what_is_wrong_with_a_folder(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("ATTAR_CACHE", str(tmp_path / "cache"))
+    monkeypatch.chdir(tmp_path)
+    model = ["plain", "--model", "cifar_resnet20", "--model-options", "width=0.5", "--epochs", "1", "--batch", "8"]
+    Path("empty").mkdir()
+    assert "'empty'" in refused(capsys, "train", *model, "--data", "empty")
+    _photos(Path("one_class"), 1, 4)
+    assert "one class only, 'class0'" in refused(capsys, "train", *model, "--data", "one_class")
+    photos = _photos(Path("photos"), 2, 12)
+    (photos / "class1" / "5.png").write_bytes(b"")
+    broken = photos / "class0" / "7.png"
+    broken.write_bytes(broken.read_bytes()[:40])
+    sentence = refused(capsys, "train", *model, "--data", "photos")
+    assert "5.png" in sentence or "7.png" in sentence
+    assert not Path("runs").exists()
+    code, out, err = run(capsys, "train", *model, "--data", "photos", "--skip-bad-images", "--out", "run")
+    assert (code, err) == (0, "")
+    assert "2 unreadable ones skipped" in out
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("runs") / "one"
+    assert main(["train", "ONE", *TINY, "--epochs", "1", "--batch", "32", "--out", str(folder)]) == 0
+    return folder
+
+
+def test_train_says_what_it_does_and_how_to_load_the_student(
+    capsys: pytest.CaptureFixture[str], finished: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    words = ["train", "ONE", *TINY, "--epochs", "1", "--batch", "32"]
+    code, out, err = run(capsys, *words, "--out", str(finished), "--overwrite")
+    assert (code, err) == (0, "")
+    assert "cifar_resnet20, 68.8 k parameters" in out
+    assert "64 training, 144 hold-out and 360 test images" in out
+    assert "1 epochs of 2 steps of 32 images, cpu" in out
+    result = json.loads((finished / "result.json").read_text())
+    assert f"{result['test']['top1']:.2%}" in out
+    assert "ONE.ensemble, test" in out
+    lines = out.split("To load it:")[1].strip().splitlines()
+    loaded: dict[str, object] = {}
+    exec("\n".join(lines), loaded)
+    parameters = loaded["student"].parameters()  # type: ignore[attr-defined]
+    assert sum(p.numel() for p in parameters) == result["parameters"]["deployed"]
+
+
+def test_a_finished_run_is_not_repeated(capsys: pytest.CaptureFixture[str], finished: Path) -> None:
+    before = (finished / "metrics.jsonl").read_bytes()
+    words = ["train", "ONE", *TINY, "--epochs", "1", "--batch", "32", "--out", str(finished)]
+    code, out, _ = run(capsys, *words)
+    assert code == 0
+    assert "is finished" in out
+    assert (finished / "metrics.jsonl").read_bytes() == before
+
+
+def test_a_run_of_another_spec_is_left_alone(capsys: pytest.CaptureFixture[str], finished: Path) -> None:
+    before = {path: path.stat().st_mtime_ns for path in finished.rglob("*")}
+    code, _, err = run(capsys, "train", "ONE", *TINY, "--epochs", "2", "--batch", "32", "--out", str(finished))
+    assert code == 2
+    assert "differs in epochs (1 there, 2 now)" in err
+    assert err.count("\n") == 1
+    assert {path: path.stat().st_mtime_ns for path in finished.rglob("*")} == before
+
+
+def test_evaluate_equals_the_result_exactly(capsys: pytest.CaptureFixture[str], finished: Path) -> None:
+    result = json.loads((finished / "result.json").read_text())
+    code, out, _ = run(capsys, "evaluate", str(finished), "--json")
+    assert code == 0
+    assert json.loads(out) == result["test"]
+    _, out, _ = run(capsys, "evaluate", str(finished), "--split", "holdout", "--json")
+    assert json.loads(out)["images"] == result["holdout"]["images"]
+    _, out, _ = run(capsys, "evaluate", str(finished / "student"), "--data", "digits")
+    assert f"{result['test']['top1']:.2%}" in out
+
+
+def test_evaluate_refuses(capsys: pytest.CaptureFixture[str], finished: Path, tmp_path: Path) -> None:
+    assert refused(capsys, "evaluate").startswith("The following arguments are required: RUN")
+    assert refused(capsys, "evaluate", "nowhere").startswith("There is no folder 'nowhere'")
+    assert refused(capsys, "evaluate", str(tmp_path)).endswith("holds no student: give a finished run's folder.")
+    assert refused(capsys, "evaluate", str(finished), "--split", "tset") == (
+        "There is no split 'tset': did you mean 'test'?"
+    )
+
+
+def test_equal_options_have_one_default_folder(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A default that is spelled out is the same run: it is found finished."""
+    monkeypatch.chdir(tmp_path)
+    words = ["train", "ONE", *TINY, "--epochs", "1", "--batch", "32"]
+    assert run(capsys, *words)[0] == 0
+    code, out, _ = run(capsys, *words, "--one.branches", "3", "--lr", "0.1")
+    assert code == 0
+    assert "is finished" in out
+    (only,) = Path("runs").iterdir()
+    assert only.name.startswith("ONE-cifar_resnet20-digits-")
+
+
+def test_ctrl_c_saves_and_the_same_command_goes_on(tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "attar", "train", "plain", *TINY, "--epochs", "40", "--batch", "8", "--out", "run"]
+    with subprocess.Popen(
+        command, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, bufsize=1
+    ) as process:
+        assert process.stdout is not None
+        assert process.stderr is not None
+        for line in process.stdout:
+            if line.startswith("epoch 2/"):
+                break
+        process.send_signal(signal.SIGINT)
+        process.stdout.read()
+        said = process.stderr.read()
+        assert process.wait(60) == 130
+    assert "run the same command again to go on" in said
+    assert said.count("\n") == 1
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=True)
+    epochs = [json.loads(line)["epoch"] for line in (tmp_path / "run/metrics.jsonl").read_text().splitlines()]
+    assert epochs == sorted(epochs)
+    assert epochs[-1] == 39
+    assert "epoch 1/40" not in done.stdout
+
+
+def test_two_processes_print_once(tmp_path: Path) -> None:
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "-m", "attar"]
+    words = ["train", "ONE", *TINY, "--epochs", "1", "--batch", "16"]
+    done = subprocess.run([*launch, *words, "--out", "run"], cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("student, test") == 1
+    assert done.stdout.count("epoch 1/1") == 1
+    done = subprocess.run(
+        [*launch, *words, "--out", "run", "--epochs", "2"], cwd=tmp_path, capture_output=True, text=True, check=False
+    )
+    assert done.returncode != 0
+    assert done.stderr.count("attar: 'run' holds a run of another spec") == 1
+    assert "AttarError" not in done.stderr
+
+
 def test_check_ends_with_1_and_names_the_problem(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     """A student with a layer that its forward never uses would hang distributed training."""
-    program = f"""
+    program = """
 import sys, torch, timm
 from timm.models import register_model
 import attar.zoo
@@ -206,7 +408,8 @@ from attar.cli import main
 
 @register_model
 def idle_layer(pretrained=False, **options):
-    network = timm.create_model("cifar_resnet20", width=0.25, **{{k: v for k, v in options.items() if "pretrained" not in k and "cache" not in k}})
+    options = {name: value for name, value in options.items() if name == "num_classes"}
+    network = timm.create_model("cifar_resnet20", width=0.5, **options)
     network.idle = torch.nn.Linear(2, 2)
     return network
 

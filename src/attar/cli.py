@@ -131,7 +131,11 @@ def _count(number: float) -> str:
 def _method_classes(word: str) -> list[type[Method]]:
     from attar.methods import find
 
-    return [] if word.casefold() == "plain" else [find(name) for name in word.split("+")]
+    kinds = [] if word.casefold() == "plain" else [find(name) for name in word.split("+")]
+    for kind in kinds:
+        if kinds.count(kind) > 1:
+            raise AttarError(f"{kind.__name__} is given {kinds.count(kind)} times: give each method once.")
+    return kinds
 
 
 def _read_run(
@@ -289,7 +293,19 @@ def _evaluate(words: list[str]) -> int:
 
 
 def _demo(words: list[str]) -> int:
-    raise AttarError("attar demo is not built yet.")
+    from attar.demo import EPOCHS, SEEDS, demo
+
+    parser = Parser("attar demo", "Plain training against ONE on embedded digits, paired over seeds.")
+    parser.add_argument("--out", default="runs/demo", metavar="FOLDER", help="where runs go (default: runs/demo)")
+    parser.add_argument("--seeds", type=int, default=SEEDS, metavar="N", help=f"runs per method (default: {SEEDS})")
+    parser.add_argument("--epochs", type=int, default=EPOCHS, metavar="N", help=f"of every run (default: {EPOCHS})")
+    parser.add_argument("--overwrite", action="store_true", help="begin anew instead of keeping what is there")
+    given = parser.read(words)
+    try:
+        demo(Path(given["out"]), given["seeds"], given["epochs"], given["overwrite"], _console())
+    except KeyboardInterrupt as stopped:
+        raise KeyboardInterrupt("Stopped and saved: run the same command again to go on.") from stopped
+    return 0
 
 
 def _methods(words: list[str]) -> int:
@@ -493,8 +509,12 @@ def _example(
     import torch
 
     from attar.inspection import native_input
+    from attar.tasks import Classification
     from attar.train.models import make_model
 
+    Classification(classes)  # refuses fewer than two
+    if image_size is not None and image_size < 1:
+        raise AttarError(f"The image size must be at least 1 pixel a side, not {image_size}.")
     # A few images gain nothing from threads, and lose much where other programs keep the processor busy.
     torch.set_num_threads(1)
     channels, size = native_input(model)
