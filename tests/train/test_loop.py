@@ -176,3 +176,13 @@ def test_console_says_one_line_an_epoch(tmp_path: Path) -> None:
     assert len(said) == 2
     assert said[1].startswith("epoch 2/2  loss ")
     assert "hold-out top-1" in said[1]
+
+
+@pytest.mark.slow
+def test_a_compiled_run_gives_the_numbers_of_an_eager_one(tmp_path: Path) -> None:
+    """Compiling a step takes about a minute on a CPU."""
+    rows = []
+    for mode in ("on", "off"):
+        fit(tiny("ONE", compile=mode, epochs=1, log_every=1), tmp_path / mode, console=quiet())
+        rows.append(lines(tmp_path / mode, "step")[0]["losses"])
+    assert rows[0] == pytest.approx(rows[1], rel=1e-4)
