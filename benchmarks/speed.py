@@ -146,7 +146,16 @@ class Side:
 
     def __init__(self, name: str, options: argparse.Namespace) -> None:
         self.name = name
-        command = [sys.executable, __file__, "--side", name, "--model", options.model, "--workers", str(options.workers)]
+        command = [
+            sys.executable,
+            __file__,
+            "--side",
+            name,
+            "--model",
+            options.model,
+            "--workers",
+            str(options.workers),
+        ]
         self.process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
         self.rates: list[float] = []
 
@@ -194,7 +203,9 @@ def main() -> None:
     for number in range(options.rounds + 1):
         for side in sides:
             rate = side.epoch()
-            print(f"round {number}: {side.name:20s} {rate:9.1f} images/s{'' if number else '  (not counted)'}", flush=True)
+            print(
+                f"round {number}: {side.name:20s} {rate:9.1f} images/s{'' if number else '  (not counted)'}", flush=True
+            )
     for side in sides:
         side.close()
         side.rates = side.rates[1:]
@@ -226,7 +237,9 @@ def main() -> None:
 
 
 def processor() -> str:
-    found = [line.split(":")[1].strip() for line in Path("/proc/cpuinfo").read_text().splitlines() if "model name" in line]
+    found = [
+        line.split(":")[1].strip() for line in Path("/proc/cpuinfo").read_text().splitlines() if "model name" in line
+    ]
     return found[0] if found else platform.processor()
 
 

@@ -20,11 +20,11 @@ import torchvision
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "tests"))
 from architectures import ARCHITECTURES
-
 from attar.anatomy import split, survey
 
 
 def main() -> None:
+    """Count the contract tests per network and method, look each network over, write the table."""
     tally: dict[tuple[str, str], list[int]] = defaultdict(lambda: [0, 0])
     for file in sys.argv[1:]:
         for case in ElementTree.parse(file).iter("testcase"):
@@ -36,10 +36,10 @@ def main() -> None:
     lines = [
         "# Architectures",
         "",
-        "Every network below is found, tapped and cut without being told anything about it, and every method passes the",
-        "contract suite on it (`attar.testing.MethodContract`): finite terms, a gradient on every trainable tensor, frozen",
-        "teachers, exact state, float32 losses under autocast, and `strip` bit-identical; on the common ones also",
-        "`torch.compile(fullgraph=True)` equal to eager.",
+        "Every network below is found, tapped and cut without being told anything about it, and every method passes",
+        "the contract suite on it (`attar.testing.MethodContract`): finite terms, a gradient on every trainable",
+        "tensor, frozen teachers, exact state, float32 losses under autocast, and `strip` bit-identical; on the common ones",
+        "also `torch.compile(fullgraph=True)` equal to eager.",
         "",
         f"Made by `docs/make_architectures.py` on {datetime.date.today().isoformat()} with torch {torch.__version__}, "
         f"timm {timm.__version__}, torchvision {torchvision.__version__}. Cells count passed contract tests; a failure "
@@ -64,7 +64,9 @@ def main() -> None:
             passed, failed = (passed, failed) if passed + failed else tally[architecture.name, method]
             cells.append(f"{passed} passed" + (f", **{failed} failed**" if failed else ""))
         lines.append(
-            f"| {architecture.name} | {architecture.size} | {stages} | `{cut}` | {carried} | " + " | ".join(cells) + " |"
+            f"| {architecture.name} | {architecture.size} | {stages} | `{cut}` | {carried} | "
+            + " | ".join(cells)
+            + " |"
         )
     Path(__file__).with_name("architectures.md").write_text("\n".join(lines) + "\n", encoding="utf-8")
 

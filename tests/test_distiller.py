@@ -114,9 +114,9 @@ def test_task_is_required_and_outputs_are_checked() -> None:
         def forward(self, images: Tensor) -> Tensor | tuple[Tensor, Tensor]:
             return (super().forward(images), images) if self.training else super().forward(images)
 
-    distiller = attar.Distiller(PairInTraining(), [], attar.Classification(3)).build(IMAGES.float()).train()
+    distiller = attar.Distiller(PairInTraining(), [], attar.Classification(3))
     with pytest.raises(AttarError, match="auxiliary outputs"):
-        distiller((IMAGES.float(), LABELS), 0.5)
+        distiller.build(IMAGES.float())
 
 
 def test_build_comes_first_and_once() -> None:

@@ -96,6 +96,7 @@ class Distiller(nn.Module):
         images = example_images[:_PROBE_IMAGES].detach()
         anatomy, output = survey(self.student, images, self._stages, self.task.num_classes)
         self.task.check_logits(output)
+        self._check_training_output(images)
         probe = Probe(self.student, anatomy, self.task, images, self.normalization)
         taps: list[Tap] = []
         for method in self._methods():
@@ -112,6 +113,24 @@ class Distiller(nn.Module):
         self._anatomy = anatomy
         self._example = images
         return self
+
+    def _check_training_output(self, images: Tensor) -> None:
+        """Refuse now what would be refused at the first step: some networks return auxiliary outputs in training."""
+        modes = {module: module.training for module in self.student.modules()}
+        buffers = {name: buffer.clone() for name, buffer in self.student.named_buffers()}
+        self.student.train()
+        try:
+            with torch.random.fork_rng([images.device] if images.is_cuda else []), torch.no_grad():
+                self.task.check_logits(self.student(images))
+        except ValueError as error:
+            if "more than 1 value per channel" not in str(error):
+                raise  # one small example image has no batch statistics; the first step will tell
+        finally:
+            with torch.no_grad():
+                for name, buffer in self.student.named_buffers():
+                    buffer.copy_(buffers[name])
+            for module, mode in modes.items():
+                module.training = mode
 
     def _guard(self, taps: Sequence[Tap], images: Tensor) -> tuple[set[Tap], tuple[str, ...]]:
         """Keep tapped tensors from being overwritten: in-place activations are switched off, the rest is copied."""

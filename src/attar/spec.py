@@ -15,10 +15,13 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, create_model
 
 from attar.errors import AttarError, unknown_name
 
-__all__ = ["MethodSpec", "TrainSpec", "method_options", "parse", "teacher_options"]
+__all__ = ["FREE", "MethodSpec", "TrainSpec", "method_options", "parse", "teacher_options"]
 
 
 S = TypeVar("S", bound=BaseModel)
+
+# Fields that may differ between the beginning of a run and its continuation: they change no number of the result.
+FREE = frozenset({"log_every", "checkpoint_seconds"})
 
 
 class _Spec(BaseModel):
@@ -101,8 +104,9 @@ class TrainSpec(_Spec):
     ] = 60.0
 
     def fingerprint(self) -> str:
-        """A short name for everything in the spec: equal specs, equal fingerprints."""
-        return hashlib.sha256(json.dumps(self.model_dump(mode="json"), sort_keys=True).encode()).hexdigest()[:16]
+        """A short name for everything in the spec that the result depends on."""
+        values = self.model_dump(mode="json", exclude=set(FREE))
+        return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()[:16]
 
     def save(self, path: Path) -> None:
         """Write the resolved spec as JSON."""

@@ -9,7 +9,6 @@ from attar.anatomy import redraw_, replica, split, survey
 from attar.errors import AttarError
 
 
-
 @pytest.mark.parametrize("architecture", ARCHITECTURES, ids=lambda a: a.name)
 def test_halves_equal_the_whole(architecture: Architecture) -> None:
     """`split` proves itself; here once more from outside, at every stage but the last, on other images."""

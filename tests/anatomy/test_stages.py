@@ -11,7 +11,6 @@ from attar.anatomy import Recorder, survey
 from attar.errors import AttarError
 
 
-
 @pytest.mark.parametrize("architecture", ARCHITECTURES, ids=lambda a: a.name)
 def test_stages_are_what_the_taps_return(architecture: Architecture) -> None:
     """Every stage's tap gives a map of the stated size; resolutions fall or, in isotropic networks, stay."""

@@ -16,15 +16,13 @@ import torchvision
 
 from attar import __version__
 from attar.errors import AttarError
-from attar.spec import TrainSpec
+from attar.spec import FREE, TrainSpec
 from attar.train.checkpoint import Checkpoints
 from attar.train.distributed import Ranks
 from attar.train.files import read_json, storage_errors, write_json
 
 __all__ = ["RunFolder", "environment"]
 
-# What may differ between the beginning of a run and its continuation: it changes no number of the result.
-_FREE = frozenset({"log_every", "checkpoint_seconds"})
 # In the order of removal: no result without what it tells of, and last the spec, by which a run is recognised.
 _OWN = ("result.json", "student", "checkpoints", "tensorboard", "metrics.jsonl", "environment.json", "spec.json")
 
@@ -53,7 +51,7 @@ class RunFolder:
         if overwrite:
             return None
         before, now = TrainSpec.load(self.path / "spec.json").model_dump(), spec.model_dump()
-        different = [name for name in now if name not in _FREE and now[name] != before[name]]
+        different = [name for name in now if name not in FREE and now[name] != before[name]]
         if different:
             said = ", ".join(f"{name} ({_shown(before[name])} there, {_shown(now[name])} now)" for name in different)
             raise AttarError(
