@@ -38,8 +38,8 @@ def main() -> None:
         "",
         "Every network below is found, tapped and cut without being told anything about it, and every method passes",
         "the contract suite on it (`attar.testing.MethodContract`): finite terms, a gradient on every trainable",
-        "tensor, frozen teachers, exact state, float32 losses under autocast, and `strip` bit-identical; on the common ones",
-        "also `torch.compile(fullgraph=True)` equal to eager.",
+        "tensor, frozen teachers, exact state, float32 losses under autocast, and `strip` bit-identical; on the common",
+        "ones also `torch.compile(fullgraph=True)` equal to eager.",
         "",
         f"Made by `docs/make_architectures.py` on {datetime.date.today().isoformat()} with torch {torch.__version__}, "
         f"timm {timm.__version__}, torchvision {torchvision.__version__}. Cells count passed contract tests; a failure "

@@ -101,8 +101,9 @@ class Run:
         total_steps = spec.epochs * loader.steps_per_epoch
         repays = ranks.device.type == "cuda" and total_steps >= _COMPILE_REPAYS
         compiled = spec.compile == "on" or (spec.compile == "auto" and repays)
-        # Compile inside, DDP outside.
-        step_module = ranks.wrap(torch.compile(distiller) if compiled else distiller)  # type: ignore[arg-type]
+        # The compiler must not bring channels-last back where it was found unsafe.
+        layout = {"layout_optimization": memory == torch.channels_last}
+        module = torch.compile(distiller, options=layout) if compiled else distiller  # type: ignore[call-overload]
         return cls(
             spec,
             ranks,
