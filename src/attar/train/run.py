@@ -102,8 +102,9 @@ class Run:
         repays = ranks.device.type == "cuda" and total_steps >= _COMPILE_REPAYS
         compiled = spec.compile == "on" or (spec.compile == "auto" and repays)
         # The compiler must not bring channels-last back where it was found unsafe.
-        layout = {"layout_optimization": memory == torch.channels_last}
-        module = torch.compile(distiller, options=layout) if compiled else distiller  # type: ignore[call-overload]
+        options = None if memory == torch.channels_last else {"layout_optimization": False}
+        # Compile inside, DDP outside.
+        step_module = ranks.wrap(torch.compile(distiller, options=options) if compiled else distiller)  # type: ignore[arg-type]
         return cls(
             spec,
             ranks,
