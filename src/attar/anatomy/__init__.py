@@ -2,6 +2,18 @@
 
 from attar.anatomy.split import Split, redraw_, replica, split
 from attar.anatomy.stages import Anatomy, Stage, survey
-from attar.anatomy.taps import Recorder, Tap, overwritten
+from attar.anatomy.taps import Recorder, Tap, overwritten, to_nchw
 
-__all__ = ["Anatomy", "Recorder", "Split", "Stage", "Tap", "overwritten", "redraw_", "replica", "split", "survey"]
+__all__ = [
+    "Anatomy",
+    "Recorder",
+    "Split",
+    "Stage",
+    "Tap",
+    "overwritten",
+    "redraw_",
+    "replica",
+    "split",
+    "survey",
+    "to_nchw",
+]

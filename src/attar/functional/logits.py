@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import torch
@@ -73,7 +74,7 @@ def ensemble_log_probs(logits: Sequence[Tensor], temperature: float = 1.0) -> Te
     Shapes: M tensors [N, C] (or [N, C, ...]) of one shape; returns that shape, in nats.
     """
     stacked = torch.stack([torch.log_softmax(full_precision(z) / temperature, dim=1) for z in logits])
-    return torch.logsumexp(stacked, dim=0) - torch.log(torch.tensor(float(len(logits)), dtype=stacked.dtype))
+    return torch.logsumexp(stacked, dim=0) - math.log(len(logits))
 
 
 def gated_logits(logits: Sequence[Tensor], gate: Tensor) -> Tensor:

@@ -8,9 +8,9 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from attar.anatomy import Anatomy, Split, Stage, Tap, replica, split
+from attar.anatomy import Anatomy, Split, Stage, Tap, replica, split, to_nchw
 from attar.errors import AttarError
-from attar.functional import gated_logits, kl_divergence, sigmoid_ramp
+from attar.functional import full_precision, gated_logits, kl_divergence, sigmoid_ramp
 from attar.method import Batch, Method, Outputs, Probe
 
 __all__ = ["ONE", "Gate", "NativeEnsemble"]
@@ -42,7 +42,7 @@ class Gate(nn.Module):
             )
         else:
             scores = self.norm(scores)
-        return torch.softmax(torch.relu(scores.float() if scores.dtype != torch.float64 else scores), dim=1)
+        return torch.softmax(torch.relu(full_precision(scores)), dim=1)
 
 
 class ONE(Method):
@@ -176,7 +176,7 @@ class ONE(Method):
 
 def _ensemble(logits: Sequence[Tensor], features: Tensor, gate: nn.Module | None) -> Tensor:
     if gate is None:
-        return torch.stack([z.float() if z.dtype != torch.float64 else z for z in logits]).mean(dim=0)
+        return torch.stack([full_precision(z) for z in logits]).mean(dim=0)
     return gated_logits(logits, gate(features))
 
 
@@ -192,8 +192,6 @@ class NativeEnsemble(nn.Module):
 
     def forward(self, images: Tensor) -> Tensor:
         """Return the gated mixture of all branches' logits."""
-        from attar.anatomy.taps import to_nchw
-
         carried = self.trunk(images)
         position = next(i for i, tap in enumerate(self._carried) if tap and tap.module == self._stage.name)
         logits = [tail(*carried) for tail in self.tails]

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from attar.errors import AttarError
+from attar.functional import full_precision
 
 __all__ = ["Classification"]
 
@@ -33,8 +33,7 @@ class Classification:
 
     def loss(self, logits: Tensor, targets: Tensor, label_smoothing: float = 0.0) -> Tensor:
         """Return the batch mean of the cross-entropy, computed in at least float32."""
-        if logits.dtype in (torch.float16, torch.bfloat16):
-            logits = logits.float()
+        logits = full_precision(logits)
         if targets.is_floating_point():
             targets = targets.to(logits.dtype)
         return F.cross_entropy(logits, targets, label_smoothing=label_smoothing)
