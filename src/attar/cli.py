@@ -480,6 +480,7 @@ def _one_batch(spec: TrainSpec, images: int) -> tuple[Distiller, Batch]:
     from attar.method import Batch
     from attar.tasks import Classification
     from attar.train import build_methods, build_model, build_source
+    from attar.train.memory import memory_format
 
     source = build_source(spec)
     torch.manual_seed(spec.seed)
@@ -499,7 +500,9 @@ def _one_batch(spec: TrainSpec, images: int) -> tuple[Distiller, Batch]:
         seed=spec.seed,
         workers=0,
     )
-    return distiller, Batch(*next(loader.epoch(0)), views=distiller.views)
+    images, targets, index = next(loader.epoch(0))
+    images = images.contiguous(memory_format=memory_format(distiller, images.device))
+    return distiller, Batch(images, targets, index, views=distiller.views)
 
 
 def _example(

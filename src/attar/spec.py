@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, create_model
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, create_model, model_validator
 
 from attar.errors import AttarError, unknown_name
 
@@ -69,8 +69,8 @@ class TrainSpec(_Spec):
     batch: Annotated[int, Field(ge=1, description="Images per step over all processes together.")] = 128
     keep_last: Annotated[bool, Field(description="Train on the last, smaller batch of an epoch too.")] = False
     optimizer: Literal["sgd", "adamw"] = "sgd"
-    lr: Annotated[float, Field(gt=0, description="Peak learning rate.")] = 0.1
-    weight_decay: Annotated[float, Field(ge=0)] = 5e-4
+    lr: Annotated[float, Field(gt=0, description="Peak learning rate; 0.001 by default for adamw.")] = 0.1
+    weight_decay: Annotated[float, Field(ge=0, description="0.05 by default for adamw.")] = 5e-4
     momentum: Annotated[float, Field(ge=0, lt=1, description="Of SGD.")] = 0.9
     nesterov: Annotated[bool, Field(description="Nesterov momentum in SGD.")] = True
     schedule: Annotated[Literal["cosine", "step", "constant"], Field(description="How the rate falls.")] = "cosine"
@@ -102,6 +102,14 @@ class TrainSpec(_Spec):
     checkpoint_seconds: Annotated[
         float, Field(ge=0, description="Seconds between checkpoints inside an epoch; each epoch ends with one anyway.")
     ] = 60.0
+
+    @model_validator(mode="before")
+    @classmethod
+    def _suit_the_optimizer(cls, values: Any) -> Any:
+        """AdamW's usual rate and decay are not SGD's: with SGD's defaults it diverges."""
+        if isinstance(values, Mapping) and values.get("optimizer") == "adamw":
+            return {"lr": 1e-3, "weight_decay": 0.05, **values}
+        return values
 
     def fingerprint(self) -> str:
         """A short name for everything in the spec that the result depends on."""
