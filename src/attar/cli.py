@@ -500,9 +500,9 @@ def _one_batch(spec: TrainSpec, images: int) -> tuple[Distiller, Batch]:
         seed=spec.seed,
         workers=0,
     )
-    images, targets, index = next(loader.epoch(0))
-    images = images.contiguous(memory_format=memory_format(distiller, images.device))
-    return distiller, Batch(images, targets, index, views=distiller.views)
+    sample = next(loader.epoch(0))
+    images = sample.images.contiguous(memory_format=memory_format(distiller, sample.images.device))
+    return distiller, Batch(images, sample.targets, sample.index, views=distiller.views)
 
 
 def _example(
