@@ -501,8 +501,8 @@ def _one_batch(spec: TrainSpec, images: int) -> tuple[Distiller, Batch]:
         workers=0,
     )
     sample = next(loader.epoch(0))
-    images = sample.images.contiguous(memory_format=memory_format(distiller, sample.images.device))
-    return distiller, Batch(images, sample.targets, sample.index, views=distiller.views)
+    pixels = sample.images.contiguous(memory_format=memory_format(distiller, sample.images.device))
+    return distiller, Batch(pixels, sample.targets, sample.index, views=distiller.views)
 
 
 def _example(
