@@ -1,4 +1,4 @@
-"""One thread per test process: several processes with several threads each wait for one another, tens of times longer."""
+"""One thread per test process: processes with several threads each wait for one another, tens of times longer."""
 
 from __future__ import annotations
 
