@@ -64,7 +64,10 @@ def plain_epochs(model: str, workers: int) -> Callable[[], tuple[int, float]]:
     student = timm.create_model(model, num_classes=10)
     distiller = attar.Distiller(student, [attar.methods.ONE()], attar.Classification(10))
     distiller.build(torch.zeros(2, 3, 32, 32)).train()
-    loader = DataLoader(Images(), BATCH, shuffle=True, drop_last=True, num_workers=workers)
+    # Workers persist: starting them anew would weigh on these short epochs as it does not on CIFAR's.
+    loader = DataLoader(
+        Images(), BATCH, shuffle=True, drop_last=True, num_workers=workers, persistent_workers=workers > 0
+    )
     optimizer = torch.optim.SGD(distiller.parameters(), lr=0.01, momentum=0.9, weight_decay=1e-4)
 
     def epoch() -> tuple[int, float]:

@@ -26,22 +26,20 @@ def environment() -> dict[str, str]:
     }
 
 
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tmp_path_factory.mktemp("readme")
-
-
-@pytest.mark.xdist_group("readme")
-@pytest.mark.parametrize("number", range(len(REST)))
-def test_block(number: int, folder: Path) -> None:
-    block = REST[number]
-    assert block["language"] in ("bash", "python")
-    command = ["bash", "-euo", "pipefail", "-c"] if block["language"] == "bash" else [sys.executable, "-c"]
-    code = block["code"]
-    if "local-dir:" in code:
-        code = "import attar.zoo\n" + code  # what the sentence below the block says
-    done = subprocess.run([*command, code], cwd=folder, env=environment(), capture_output=True, text=True, timeout=500)
-    assert done.returncode == 0, f"{code}\n{done.stdout}\n{done.stderr}"
+@pytest.mark.timeout(900)
+def test_every_block_runs_in_order(tmp_path: Path) -> None:
+    for block in REST:
+        assert block["language"] in ("bash", "python")
+        command = ["bash", "-euo", "pipefail", "-c"] if block["language"] == "bash" else [sys.executable, "-c"]
+        code = block["code"]
+        if "local-dir:" in code:
+            code = "import attar.zoo\n" + code  # what the sentence below the block says
+        done = subprocess.run(
+            [*command, code], cwd=tmp_path, env=environment(), capture_output=True, text=True, timeout=300
+        )
+        assert done.returncode == 0, f"{code}\n{done.stdout}\n{done.stderr}"
+    assert (tmp_path / "runs/first/result.json").exists()
+    assert (tmp_path / "student.pt").exists()
 
 
 def test_two_set_up_commands_which_ci_runs_as_they_stand() -> None:
