@@ -85,6 +85,18 @@ def test_the_tail_leaves_shared_values_alone() -> None:
         def forward(self, images: Tensor) -> Tensor:
             return self.head(self.act(self.a(images)).mean(dim=(2, 3)))
 
+    class Given(nn.Module):
+        def __init__(self, net: Net) -> None:
+            super().__init__()
+            self.act, self.head = net.act, net.head
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.head(self.act(x).mean(dim=(2, 3)))
+
+    net = Net()
+    with pytest.raises(AttarError, match="overwrites its input in place"):
+        split(net, "a", torch.randn(2, 3, 8, 8), tail=Given(net))
+
     halves = split(Net(), "a", torch.randn(2, 3, 8, 8))
     (x,) = halves.trunk(torch.randn(2, 3, 8, 8))
     before = x.detach().clone()

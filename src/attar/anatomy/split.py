@@ -291,18 +291,22 @@ def _same(a: Any, b: Any) -> bool:
 
 def _guard_inputs(halves: Split, images: Tensor) -> None:
     """Copy a carried value at the tail's door when the tail would overwrite it: replicas share it."""
-    if not isinstance(halves.tail, fx.GraphModule):
-        return
     values = halves.trunk(images)
     versions = [v._version if isinstance(v, Tensor) else None for v in values]
     halves.tail(*values)
+    changed = [isinstance(v, Tensor) and v._version != version for v, version in zip(values, versions, strict=True)]
+    if not any(changed):
+        return
+    if not isinstance(halves.tail, fx.GraphModule):
+        raise AttarError("The given tail overwrites its input in place: let it begin with a copy of it (x.clone()).")
     graph = halves.tail.graph
     doors = [node for node in graph.nodes if node.op == "placeholder"]
-    for door, value, version in zip(doors, values, versions, strict=True):
-        if isinstance(value, Tensor) and value._version != version:
-            with graph.inserting_before(next(n for n in graph.nodes if n.op != "placeholder")):
+    first = next(node for node in graph.nodes if node.op != "placeholder")
+    for door, overwritten in zip(doors, changed, strict=True):
+        if overwritten:
+            with graph.inserting_before(first):
                 copied = graph.call_method("clone", (door,))
-            door.replace_all_uses_with(copied, delete_user_cb=lambda user, c=copied: user is not c)
+            door.replace_all_uses_with(copied, delete_user_cb=lambda user, copied=copied: user is not copied)
     halves.tail.recompile()
 
 
