@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from typing import Any
 
@@ -92,7 +93,7 @@ def _projection(inputs: int, outputs: int, stride: int) -> nn.Module:
     return nn.Sequential(nn.Conv2d(inputs, outputs, 1, stride, bias=False), nn.BatchNorm2d(outputs))
 
 
-class CifarNet(nn.Module):
+class CifarNet(nn.Module, ABC):
     """What every network here shares with timm's: features, then global pool, dropout and a linear classifier `fc`.
 
     Shapes: images [N, in_chans, H, W], any H and W from 8 up -> logits [N, num_classes]; `forward_features` gives the
@@ -122,9 +123,9 @@ class CifarNet(nn.Module):
         pool = self.global_pool.pool_type if global_pool is None else global_pool
         self.global_pool, self.fc = create_classifier(self.num_features, num_classes, pool_type=pool)
 
+    @abstractmethod
     def forward_features(self, x: Tensor) -> Tensor:
         """Return the last stage's map [N, num_features, h, w]."""
-        raise NotImplementedError
 
     def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
         """Return the logits of a feature map, or with `pre_logits` the pooled embedding that they are read from."""
