@@ -37,7 +37,6 @@ class Call:
     input_shape: tuple[int, ...] | None
     leaf: bool
     layers: int  # weights with two axes or more, in the module and below it
-    call: int
 
 
 @dataclass(frozen=True)
@@ -131,15 +130,13 @@ def survey(
 
 def _record_calls(network: nn.Module, images: Tensor) -> tuple[list[Call], Any]:
     calls: list[Call] = []
-    counts: dict[str, int] = {}
     handles = []
 
     def hook_for(name: str, leaf: bool, layers: int) -> Callable[[nn.Module, Any, Any], None]:
         def hook(module: nn.Module, args: Any, output: Any) -> None:
-            index = counts[name] = counts.get(name, -1) + 1
             shape = tuple(output.shape) if isinstance(output, Tensor) else None
             into = tuple(args[0].shape) if args and isinstance(args[0], Tensor) else None
-            calls.append(Call(name, shape, into, leaf, layers, index))
+            calls.append(Call(name, shape, into, leaf, layers))
 
         return hook
 
@@ -283,7 +280,7 @@ def _without_stem(stages: list[Stage], calls: Sequence[Call]) -> list[Stage]:
     start = 0
     for stage in stages:
         end = position[stage.name] + 1
-        if any(call.leaf and call.layers for call in calls[start:end]) or stage.name not in position:
+        if any(call.leaf and call.layers for call in calls[start:end]):
             kept.append(stage)
         start = end
     if len(kept) > 1:
