@@ -9,7 +9,6 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
-from torch.utils.flop_counter import FlopCounterMode
 
 from attar import methods
 from attar.anatomy import Anatomy, Recorder, split
@@ -19,6 +18,7 @@ from attar.method import Batch, Method
 from attar.spec import teacher_options
 from attar.tasks import Classification
 from attar.teacher import Teacher
+from attar.train.cost import multiply_adds
 
 __all__ = [
     "Card",
@@ -32,7 +32,6 @@ __all__ = [
     "cut_at",
     "method_cost",
     "method_costs",
-    "multiply_adds",
     "native_input",
     "specimen",
     "training_cost",
@@ -73,13 +72,6 @@ def specimen(method: type[Method], network: Callable[[], nn.Module]) -> Method:
     parameters = inspect.signature(method).parameters
     required = [name for name in teacher_options(method) if parameters[name].default is inspect.Parameter.empty]
     return method(**{name: [Teacher(network())] for name in required})
-
-
-def multiply_adds(run: Callable[[], object]) -> int:
-    """Count the multiply-adds of convolutions, linear layers and attention in one call: half of torch's FLOPs."""
-    with FlopCounterMode(display=False) as counter:
-        run()
-    return int(counter.get_total_flops()) // 2
 
 
 @dataclass(frozen=True)

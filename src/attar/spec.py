@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, create_model, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, create_model, model_validator
 
 from attar.errors import AttarError, unknown_name
 
@@ -112,8 +112,12 @@ class TrainSpec(_Spec):
         return values
 
     def fingerprint(self) -> str:
-        """A short name for everything in the spec that the result depends on."""
-        values = self.model_dump(mode="json", exclude=set(FREE))
+        """A short name for everything in the spec that the result depends on.
+
+        Only what differs from the defaults counts, so that a field added later, whose default is what was done before,
+        renames no run.
+        """
+        values = self.model_dump(mode="json", exclude=set(FREE), exclude_defaults=True)
         return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()[:16]
 
     def save(self, path: Path) -> None:
@@ -167,7 +171,9 @@ def method_options(method: type) -> type[BaseModel]:
             continue  # a method without a constructor of its own has nn.Module's
         kind = hints.get(name, Any)
         if name in teachers:
-            kind = tuple[str, ...]
+            kind = Annotated[
+                tuple[str, ...], BeforeValidator(lambda given: (given,) if isinstance(given, str) else given)
+            ]
         elif _mentions(kind, "Module"):
             continue
         default = ... if parameter.default is inspect.Parameter.empty else parameter.default

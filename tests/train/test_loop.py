@@ -21,7 +21,8 @@ from runs import lines, quiet, tiny
 def test_run_folder(one_run: tuple[Path, TrainSpec, dict[str, Any]]) -> None:
     folder, spec, result = one_run
     assert sorted(path.name for path in folder.iterdir()) == [
-        *("checkpoints", "environment.json", "metrics.jsonl", "result.json", "spec.json", "student", "tensorboard")
+        *("checkpoints", "environment.json", "metrics.jsonl", "predictions.npz", "result.json", "spec.json", "student"),
+        "tensorboard",
     ]
     assert TrainSpec.load(folder / "spec.json") == spec
     assert json.loads((folder / "result.json").read_text()) == result

@@ -46,12 +46,8 @@ def build_methods(spec: TrainSpec, num_classes: int) -> list[Method]:
 def _method(chosen: MethodSpec, num_classes: int) -> Method:
     kind = find(chosen.name)
     teachers = teacher_options(kind)
-    given = dict(chosen.options)
-    for name in teachers & given.keys():
-        if isinstance(given[name], str):
-            given[name] = (given[name],)
     try:
-        options = parse(method_options(kind), given)
+        options = parse(method_options(kind), chosen.options)
     except AttarError as error:
         raise AttarError(f"{kind.__name__}: {error}") from error
     arguments: dict[str, Any] = {name: getattr(options, name) for name in type(options).model_fields}

@@ -82,9 +82,13 @@ class Ranks:
         dist.all_reduce(raised, op=dist.ReduceOp.MAX)
         return [bool(flag) for flag in raised]
 
+    def sum(self, values: Tensor) -> Tensor:
+        """Return the sum over processes, element by element."""
+        return self._reduced(values, dist.ReduceOp.SUM)
+
     def mean(self, values: Tensor) -> Tensor:
         """Return the mean over processes."""
-        return self._reduced(values, dist.ReduceOp.SUM) / self.world
+        return self.sum(values) / self.world
 
     def minimum(self, values: Tensor) -> Tensor:
         """Return the smallest over processes, element by element."""

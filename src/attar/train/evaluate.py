@@ -16,9 +16,10 @@ from attar.data import EvalLoader, Normalization, Split, open_source
 from attar.errors import AttarError, unknown_name
 from attar.spec import TrainSpec
 from attar.train.distributed import Ranks, join
+from attar.train.predictions import Predictions
 from attar.train.student import load_student
 
-__all__ = ["Metrics", "evaluate", "evaluate_run"]
+__all__ = ["Metrics", "evaluate", "evaluate_run", "measure"]
 
 # One size for every evaluation, whatever the training's: the same batches give the same numbers to the last bit.
 _BATCH = 250
@@ -69,6 +70,18 @@ def evaluate(
         num_classes: K.
         ranks: the processes that share the work; default: this one alone, on the network's device.
     """
+    return measure(network, split, normalization, num_classes, ranks=ranks)[0]
+
+
+def measure(
+    network: nn.Module,
+    split: Split,
+    normalization: Normalization,
+    num_classes: int,
+    *,
+    ranks: Ranks | None = None,
+) -> tuple[Metrics, Predictions]:
+    """As `evaluate`, with the answer for every single image beside the metrics."""
     from torchmetrics import MeanMetric, MetricCollection
     from torchmetrics.classification import MulticlassAccuracy, MulticlassCalibrationError
 
@@ -81,29 +94,42 @@ def evaluate(
     metrics = MetricCollection(shares, compute_groups=False).to(ranks.device)
     nll = MeanMetric(nan_strategy="disable").set_dtype(torch.float64).to(ranks.device)
 
+    predicted = torch.zeros(len(split), dtype=torch.int64, device=ranks.device)
+    confidence, losses = (torch.zeros(len(split), device=ranks.device) for _ in range(2))
     loader = EvalLoader(split, _BATCH, normalization, ranks.device)
     loader.batches = loader.batches[ranks.rank :: ranks.world]
     modes = {module: module.training for module in network.modules()}
     network.eval()
     # Autotuned kernels may differ from run to run.
     with torch.no_grad(), torch.backends.cudnn.flags(enabled=True, benchmark=False, deterministic=True):
-        for images, targets, _ in loader:
+        for (images, targets, _), positions in zip(loader, loader.batches, strict=True):
             logits = network(images).float()
-            metrics.update(torch.softmax(logits, dim=1), targets)
-            nll.update(F.cross_entropy(logits, targets, reduction="none"))
+            probabilities = torch.softmax(logits, dim=1)
+            metrics.update(probabilities, targets)
+            loss = F.cross_entropy(logits, targets, reduction="none")
+            nll.update(loss)
+            part = slice(int(positions[0]), int(positions[-1]) + 1)
+            confidence[part], predicted[part] = probabilities.max(dim=1)
+            losses[part] = loss
     for module, mode in modes.items():
         module.training = mode
     with warnings.catch_warnings():
         # With fewer batches than processes some have seen nothing, which is no mistake here.
         warnings.filterwarnings("ignore", message="The ``compute`` method of metric")
         values: dict[str, Tensor] = {**metrics.compute(), "nll": nll.compute()}
-    return Metrics(
+    answers = Predictions(
+        split.targets,
+        # Every image is one process's, and zero in all others.
+        *(ranks.sum(values).cpu().numpy() for values in (predicted, confidence, losses)),
+    )
+    found = Metrics(
         images=len(split),
         top1=_share(values["top1"], len(split)),
         top5=_share(values["top5"], len(split)) if "top5" in values else None,
         nll=float(values["nll"]),
         calibration_error=float(values["calibration_error"]),
     )
+    return found, answers
 
 
 def _share(value: Tensor, images: int) -> float:

@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import itertools
-from typing import Any
+from collections.abc import Generator
+from contextlib import closing
+from typing import Any, cast
 
 import torch
 import torchvision
 from torch import nn
 
 from attar import __version__
-from attar.data import Normalization
+from attar.data import Normalization, Sample, Source
 from attar.errors import AttarError
-from attar.train.evaluate import evaluate
+from attar.method import Method
+from attar.train.cost import flops, multiply_adds
+from attar.train.evaluate import measure
 from attar.train.precision import resolved
 from attar.train.run import Run
 from attar.train.run_folder import RunFolder
@@ -48,13 +52,14 @@ def finish(run: Run, home: RunFolder) -> dict[str, Any]:
     saved = load_student(home.student).network if ranks.first else stripped
     saved.to(device=ranks.device, memory_format=torch.channels_last)  # type: ignore[call-overload]
     ranks.share(itertools.chain(saved.parameters(), saved.buffers()))
-    test = evaluate(
+    test, predictions = measure(
         saved,
         source.test,
         Normalization(source.mean, source.std),
         source.num_classes,
         ranks=ranks,
     )
+    ranks.on_first(lambda: predictions.save(home.predictions))
     chosen = {name: value for name, value in run.best.items() if name not in ("epoch", "step", "selected")}
     result = {
         "methods": [method.model_dump(mode="json") for method in spec.methods],
@@ -69,6 +74,9 @@ def finish(run: Run, home: RunFolder) -> dict[str, Any]:
         "epochs": spec.epochs,
         "steps": run.total_steps,
         "parameters": {"deployed": _count(stripped), "training": _count(run.distiller)},
+        "attached": {name: _attached(method, run) for name, method in run.distiller.methods.items()},
+        "flops": {"deployed": _deployed_flops(saved, source), "training": _training_flops(run)},
+        "peak_memory_bytes": run.peak_memory.bytes(),
         "training_seconds": run.seconds,
         "images_per_second": run.total_steps * run.batch / run.seconds,
         "terms": {name: {"loss": mean, "weight": run.weights[name]} for name, mean in run.means.items()},
@@ -103,6 +111,37 @@ def _strip(run: Run) -> tuple[nn.Module, str | None]:
     except AttarError as error:
         # Refuses again unless export alone was the reason.
         return run.distiller.strip(prove_export=False), str(error)
+
+
+def _deployed_flops(network: nn.Module, source: Source) -> int:
+    """Count the operations for one image."""
+    device = next(network.parameters()).device
+    with torch.no_grad():
+        return 2 * multiply_adds(lambda: network(torch.zeros(1, 3, *source.image_size, device=device)))
+
+
+def _training_flops(run: Run) -> int:
+    """Count the operations of one step, backward pass included, per image of its batch.
+
+    A real step, since a method may need more than images and labels. It moves batch statistics and leaves gradients;
+    nothing is read from the distiller after it.
+    """
+    run.distiller.train()
+    with closing(cast(Generator[Sample, None, None], run.loader.epoch(0))) as batches:
+        batch = run.batch_of(next(batches))
+    images = len(batch.images) // batch.views
+    return flops(lambda: run.distiller(batch, torch.ones((), device=run.ranks.device)).total().backward()) // images
+
+
+def _attached(method: nn.Module, run: Run) -> dict[str, Any]:
+    """Say what a method added to the student and read from it while training."""
+    assert isinstance(method, Method)
+    return {
+        "auxiliaries": {name: _count(child) for name, child in method.named_children()},
+        "taps": list(dict.fromkeys(tap.module for tap in method.taps(run.distiller.anatomy))),
+        "teachers": [teacher.name for teacher in method.teachers],
+        "views": method.views,
+    }
 
 
 def _count(network: nn.Module) -> int:

@@ -16,7 +16,7 @@ from torch import Tensor
 from attar.data import Sample
 from attar.data.hashing import hash_counters
 from attar.errors import AttarError
-from attar.method import Batch, Terms
+from attar.method import Terms
 from attar.spec import TrainSpec
 from attar.train.distributed import join
 from attar.train.finish import finish
@@ -134,14 +134,7 @@ def train_step(run: Run, sample: Sample, seed: int, progress: Tensor) -> Terms:
     if run.ranks.device.type == "cuda":
         torch.cuda.manual_seed(seed)
     run.schedule.step_update(run.step)
-    views = run.distiller.views
-    batch = Batch(
-        sample.images.contiguous(memory_format=run.memory),
-        sample.targets,
-        sample.index,
-        labels=sample.targets,
-        views=views,
-    )
+    batch = run.batch_of(sample)
     try:
         with autocast(run.spec.precision, run.ranks.device):
             terms: Terms = run.step_module(batch, progress)

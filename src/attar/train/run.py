@@ -10,12 +10,14 @@ from timm.scheduler.scheduler import Scheduler
 from timm.utils import ModelEmaV3
 from torch import nn
 
-from attar.data import Loader, Normalization, Shuffled, Source, augmentation
+from attar.data import Loader, Normalization, Sample, Shuffled, Source, augmentation
 from attar.distiller import Distiller
 from attar.errors import AttarError
+from attar.method import Batch
 from attar.spec import TrainSpec
 from attar.tasks import Classification
 from attar.train.build import build_methods, build_model, build_source
+from attar.train.cost import PeakMemory
 from attar.train.distributed import Ranks
 from attar.train.evaluate import Metrics, evaluate
 from attar.train.memory import memory_format
@@ -58,6 +60,7 @@ class Run:
     batch: int
     memory: torch.memory_format
     meter: Meter
+    peak_memory: PeakMemory
     step: int = 0
     seconds: float = 0.0
     best: dict[str, Any] = field(default_factory=dict)
@@ -72,6 +75,7 @@ class Run:
         Raises:
             AttarError: the data, the model, a method or an option is refused.
         """
+        peak_memory = PeakMemory(ranks.device)
         source = ranks.first_then_others(lambda: build_source(spec))
         sampler = Shuffled(len(source.train), spec.batch, spec.seed, drop_last=not spec.keep_last, world=ranks.world)
         # From here to the built distiller everything draws from this seed: the student first, so that runs of one seed
@@ -119,6 +123,7 @@ class Run:
             sampler.batch,
             memory,
             Meter(ranks),
+            peak_memory,
         )
 
     @property
@@ -130,6 +135,11 @@ class Run:
     def total_steps(self) -> int:
         """Steps of the whole run."""
         return self.spec.epochs * self.steps_per_epoch
+
+    def batch_of(self, sample: Sample) -> Batch:
+        """Return loaded images as the distiller takes them."""
+        images = sample.images.contiguous(memory_format=self.memory)
+        return Batch(images, sample.targets, sample.index, labels=sample.targets, views=self.distiller.views)
 
     def evaluate(self, network: nn.Module, split: str) -> Metrics:
         """Measure a network of this run; the first process's batch statistics hold for all."""

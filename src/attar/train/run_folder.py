@@ -24,16 +24,24 @@ from attar.train.files import read_json, storage_errors, write_json
 __all__ = ["RunFolder", "environment"]
 
 # In the order of removal: no result without what it tells of, and last the spec, by which a run is recognised.
-_OWN = ("result.json", "student", "checkpoints", "tensorboard", "metrics.jsonl", "environment.json", "spec.json")
+_OWN = (
+    *("result.json", "predictions.npz", "student", "checkpoints", "tensorboard", "metrics.jsonl", "environment.json"),
+    "spec.json",
+)
 
 
 class RunFolder:
-    """`spec.json`, `environment.json`, `metrics.jsonl`, `tensorboard/`, `checkpoints/`, `student/`, `result.json`."""
+    """The files of one run.
+
+    `spec.json`, `environment.json`, `metrics.jsonl`, `tensorboard/`, `checkpoints/`, `student/`, `predictions.npz`
+    (what the student answered for every test image) and `result.json`, which is there when the run is finished.
+    """
 
     def __init__(self, path: Path) -> None:
         self.path = path
         self.checkpoints = Checkpoints(path / "checkpoints")
         self.student = path / "student"
+        self.predictions = path / "predictions.npz"
 
     def examine(self, spec: TrainSpec, overwrite: bool) -> dict[str, Any] | None:
         """Look at what is there, changing nothing; return the result of a run that is finished.
