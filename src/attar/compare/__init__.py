@@ -1,0 +1,1 @@
+"""Comparison: does it help my network, on my data?"""
