@@ -15,10 +15,23 @@ from timm.models import build_model_with_cfg, generate_default_cfgs, register_mo
 from timm.models import resolve_pretrained_cfg as resolve_cfg
 
 from attar.errors import AttarError
+from attar.zoo.densenet import CifarDenseNet, cifar_densenet
 from attar.zoo.resnet import CifarNet, CifarResNet, cifar_resnet
+from attar.zoo.resnext import CifarResNeXt, cifar_resnext
 from attar.zoo.wide_resnet import WideResNet, wide_resnet
 
-__all__ = ["CifarNet", "CifarResNet", "WideResNet", "cifar_resnet", "names", "wide_resnet"]
+__all__ = [
+    "CifarDenseNet",
+    "CifarNet",
+    "CifarResNeXt",
+    "CifarResNet",
+    "WideResNet",
+    "cifar_densenet",
+    "cifar_resnet",
+    "cifar_resnext",
+    "names",
+    "wide_resnet",
+]
 
 _NETWORKS: dict[str, Callable[..., CifarNet]] = {
     "cifar_resnet20": partial(cifar_resnet, 20),
@@ -43,6 +56,12 @@ _NETWORKS: dict[str, Callable[..., CifarNet]] = {
     "cifar_wrn_40_4": partial(WideResNet, 40, 4),
     # 20 is not 6n + 4: the "WRN-20-8" of online distillation is a ResNet of 3 x 2 bottlenecks, 8 times as wide inside.
     "cifar_wrn_20_8": partial(CifarResNet, (2, 2, 2), bottleneck=True, widen=8),
+    "cifar_resnext29_8x64d": partial(CifarResNeXt, 29, 8, 64),
+    "cifar_densenet_40_12": partial(CifarDenseNet, 40, 12, False),
+    # "DenseNet-40-12" of OKDDip and PCL: its embedding of 132 numbers is that of the BC form.
+    "cifar_densenet_bc_40_12": partial(CifarDenseNet, 40, 12),
+    "cifar_densenet_bc_100_12": partial(CifarDenseNet, 100, 12),
+    "cifar_densenet_bc_190_40": partial(CifarDenseNet, 190, 40),
 }
 
 _FOUR_STAGES = {"cifar_resnet18", "cifar_resnet50"}
