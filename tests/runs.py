@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from rich.console import Console
 
+from attar.compare.runner import Cell, train_all
 from attar.spec import TrainSpec, parse
 from attar.train import fit
 
@@ -55,6 +56,12 @@ def in_child(work: Callable[..., None], *arguments: Any) -> ForkServerProcess:
     child = CHILDREN.Process(target=work, args=arguments)
     child.start()
     return child
+
+
+def train_all_in_child(cells: list[Cell], jobs: int) -> None:
+    """What a child with children of its own does: train all runs."""
+    torch.set_num_threads(1)
+    train_all(cells, jobs=jobs, console=quiet())
 
 
 def train_in_child(spec: TrainSpec, folder: Path) -> None:

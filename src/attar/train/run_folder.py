@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import platform
 import shutil
 import sys
@@ -113,6 +114,7 @@ def environment(ranks: Ranks, **more: Any) -> dict[str, Any]:
         "device_name": name,
         "processes": ranks.world,
         "threads": torch.get_num_threads(),
+        "process": os.getpid(),
         "command": sys.argv,
         **more,
     }

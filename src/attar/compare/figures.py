@@ -1,0 +1,499 @@
+"""The figures of a comparison, as inline SVG that follows the theme of the page.
+
+Every figure is laid out for the width of a phone, 360 units, and says in words what it shows. Colours are written as
+placeholders and become CSS variables; matplotlib is imported only when a figure is drawn.
+"""
+
+from __future__ import annotations
+
+import io
+import math
+import re
+import warnings
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+from xml.etree import ElementTree
+
+import numpy as np
+
+from attar.compare.analysis import Analysis, Column, EntryAnalysis
+from attar.compare.statistics import Contrast
+from attar.compare.tables import accuracy_column, cost_column, judged, points, written
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+__all__ = ["Drawing", "accuracy", "confusion", "costs", "curve", "differences", "shortened"]
+
+# What matplotlib draws with, and what the page makes of it.
+_INK, _MUTED, _LINE, _PAPER = "#0a0b01", "#0a0b02", "#0a0b03", "#0a0b04"
+_GOOD, _BAD, _PLAIN, _SMOOTHING = "#0a0b05", "#0a0b06", "#0a0b07", "#0a0b08"
+_SERIES = tuple(f"#0a0c0{i}" for i in range(1, 7))
+_VARIABLES = {
+    _INK: "var(--ink)",
+    _MUTED: "var(--muted)",
+    _LINE: "var(--line)",
+    _PAPER: "var(--card)",
+    _GOOD: "var(--good)",
+    _BAD: "var(--bad)",
+    _PLAIN: "var(--plain)",
+    _SMOOTHING: "var(--smoothing)",
+    **{colour: f"var(--series-{i})" for i, colour in enumerate(_SERIES, 1)},
+}
+_TONES = {"good": _GOOD, "bad": _BAD, "none": _MUTED, "open": _MUTED}
+_WIDTH, _TEXT, _SMALL = 360, 11.5, 10.5
+
+
+@dataclass(frozen=True)
+class Drawing:
+    """One figure.
+
+    Attributes:
+        svg: markup, without a namespace or anything to load.
+        finding: what it shows, in a sentence.
+    """
+
+    svg: str
+    finding: str
+
+
+def shortened(text: str, length: int) -> str:
+    """Cut a long name in its middle: beginnings and ends tell names apart."""
+    text = " ".join(text.split())
+    if len(text) <= length:
+        return text
+    ahead = (length - 1) // 2
+    return f"{text[:ahead]}…{text[len(text) - (length - 1 - ahead) :]}"
+
+
+def colour(analysis: Analysis, entry: EntryAnalysis) -> str:
+    """Return the colour of an entry, the same in every figure."""
+    if entry.role != "method":
+        return _PLAIN if entry.role == "plain" else _SMOOTHING
+    methods = [other.label for other in analysis.entries if other.role == "method"]
+    return _SERIES[methods.index(entry.label) % len(_SERIES)]
+
+
+# Dots and whiskers ---------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class _Row:
+    label: str
+    text: str
+    mean: float
+    low: float
+    high: float
+    values: tuple[float, ...]
+    colour: str
+    shade: float = 0.0
+
+
+def accuracy(analysis: Analysis) -> Drawing | None:
+    """Draw mean test accuracy, its 95 % interval and every seed of every entry; None where nothing was measured."""
+    column = accuracy_column(analysis)
+    if column is None:
+        return None
+    rows = []
+    for entry in analysis.entries:
+        figure = entry.figures.get(column.key)
+        if figure is None:
+            rows.append(_Row(entry.label, "no finished run", *[math.nan] * 3, (), _MUTED))
+            continue
+        ends = max(0.0, figure.low), min(1.0, figure.high)
+        hue = colour(analysis, entry)
+        rows.append(_Row(entry.label, written(figure.mean, column.kind), figure.mean, *ends, figure.values, hue))
+    done = [row for row in rows if math.isfinite(row.mean)]
+    if not done:
+        return None
+    best = max(done, key=lambda row: row.mean)
+    finding = f"Mean {column.title} of {len(done)} entries; the highest is {best.label} with {best.text}."
+    plain = next((e.figures[column.key].mean for e in analysis.entries if e.role == "plain" and e.seeds), None)
+    return _rows("accuracy", rows, plain, lambda value: written(value, column.kind), finding)
+
+
+def differences(analysis: Analysis, baseline: str) -> Drawing | None:
+    """Draw the paired difference of every entry to a baseline, `plain` or `smoothing`, around a zero line."""
+    rows = []
+    for entry in analysis.entries:
+        contrast: Contrast | None = entry.against_plain if baseline == "plain" else entry.against_smoothing
+        if contrast is None:
+            continue
+        verdict = judged(contrast)
+        rows.append(
+            _Row(
+                entry.label,
+                f"{points(contrast.mean)} {verdict.word}",
+                contrast.mean,
+                contrast.low,
+                contrast.high,
+                contrast.differences,
+                _TONES[verdict.tone],
+                contrast.detectable,
+            )
+        )
+    if not rows:
+        return None
+    name = "plain training" if baseline == "plain" else "label smoothing"
+    counts = {word: sum(row.text.endswith(word) for row in rows) for word in ("helps", "hurts", "no evidence")}
+    told = ", ".join(f"{word}: {count}" for word, count in counts.items() if count)
+    finding = f"Paired differences of test top-1 to {name} for {len(rows)} entries; {told}."
+    return _rows(f"differences-{baseline}", rows, 0.0, lambda value: points(value, 1), finding)
+
+
+def _rows(name: str, rows: Sequence[_Row], zero: float | None, tick: Callable[[float], str], finding: str) -> Drawing:
+    step, top, bottom = 40, 6, 24
+    height = top + step * len(rows) + bottom
+    with _drawing(name, _WIDTH, height, finding) as (figure, out):
+        axes = _axes(figure, 8, bottom, _WIDTH - 16, step * len(rows))
+        axes.set_ylim(len(rows), 0)
+        edge = axes.get_yaxis_transform()
+        for i, row in enumerate(rows):
+            # The label has a line of its own above the whisker: long names and a narrow screen leave no other place.
+            axes.text(0, i + 0.36, shortened(row.label, 40), transform=edge, color=_INK, size=_TEXT)
+            axes.text(1, i + 0.36, row.text, transform=edge, color=_INK, size=_TEXT, ha="right", weight="bold")
+            if i:
+                axes.plot([0, 1], [i, i], transform=edge, color=_LINE, lw=0.6)
+            if not math.isfinite(row.mean):
+                continue
+            y = i + 0.62
+            if math.isfinite(row.shade) and row.shade > 0:
+                axes.plot([-row.shade, row.shade], [y, y], color=_LINE, lw=7, alpha=0.75, solid_capstyle="butt")
+            axes.plot([row.low, row.high], [y, y], color=row.colour, lw=2, solid_capstyle="butt")
+            for end in (row.low, row.high):
+                axes.plot([end, end], [y - 0.075, y + 0.075], color=row.colour, lw=2)
+            axes.plot([row.mean], [y], "o", color=row.colour, ms=6.5, mec=_PAPER, mew=1)
+            axes.plot(row.values, [y + 0.21] * len(row.values), "o", color="none", ms=3.6, mec=_MUTED, mew=0.9)
+        if zero is not None and math.isfinite(zero):
+            axes.axvline(zero, color=_INK, lw=0.9, dashes=(3, 2), zorder=0.5)
+        numbers = [x for row in rows for x in (row.low, row.high, *row.values) if math.isfinite(x)]
+        # Shades may be far longer than anything measured; they need not be seen whole.
+        low, high = min([*numbers, *([zero] if zero is not None else [])]), max([*numbers, *([zero] if zero else [])])
+        high = max(high, zero or high)
+        room = 0.05 * (high - low) or 0.01
+        axes.set_xlim(low - room, high + room)
+        _ticks(axes.xaxis, 4, tick)
+        axes.tick_params(axis="x", length=0, pad=4)
+    return out[0]
+
+
+# Accuracy against cost -----------------------------------------------------------------------------------------------
+
+
+def costs(analysis: Analysis) -> Drawing | None:
+    """Draw mean accuracy against mean training time; None where either is missing."""
+    quality, cost = accuracy_column(analysis), cost_column(analysis)
+    if quality is None or cost is None:
+        return None
+    dots = [
+        (entry, entry.figures[cost.key].mean, entry.figures[quality.key])
+        for entry in analysis.entries
+        if quality.key in entry.figures and cost.key in entry.figures
+    ]
+    if not dots:
+        return None
+    best = max(dots, key=lambda dot: dot[2].mean)
+    finding = (
+        f"{quality.title} against training time: {best[0].label} is highest with "
+        f"{written(best[2].mean, quality.kind)} after {written(best[1], cost.kind)}."
+    )
+    dots.sort(key=lambda dot: -dot[2].mean)
+    gap, left, bottom, top, names = 17, 40, 40, 22, 138
+    inner = max(210, gap * len(dots))
+    height, width = inner + top + bottom, _WIDTH - left - names
+    with _drawing("costs", _WIDTH, height, finding) as (figure, out):
+        axes = _axes(figure, left, bottom, width, inner)
+        times = [dot[1] for dot in dots]
+        if min(times) > 0 and max(times) / min(times) > 20:
+            axes.set_xscale("log")
+            axes.set_xlim(min(times) / 1.5, max(times) * 1.5)
+        else:
+            axes.set_xlim(0, 1.08 * max(times) or 1)
+        ends = [end for _, _, figure_ in dots for end in (max(0.0, figure_.low), min(1.0, figure_.high))]
+        room = 0.05 * (max(ends) - min(ends)) or 0.01
+        axes.set_ylim(min(ends) - room, max(ends) + room)
+        axes.grid(color=_LINE, lw=0.6)
+        axes.spines["bottom"].set(visible=True, color=_MUTED, linewidth=0.8)
+        axes.spines["left"].set(visible=True, color=_MUTED, linewidth=0.8)
+        wanted = [float(axes.transAxes.inverted().transform(axes.transData.transform((1, d[2].mean)))[1]) for d in dots]
+        for (entry, seconds, one), place in zip(dots, _apart([w * inner for w in wanted], gap, inner), strict=True):
+            hue, mean = colour(analysis, entry), one.mean
+            low, high = max(0.0, one.low), min(1.0, one.high)
+            axes.annotate(
+                shortened(entry.label, 21),
+                (seconds, mean),
+                (1.05, place / inner),
+                textcoords="axes fraction",
+                va="center",
+                size=_SMALL,
+                color=_INK,
+                arrowprops={"arrowstyle": "-", "color": hue, "lw": 0.7, "alpha": 0.55, "shrinkA": 1, "shrinkB": 3},
+                annotation_clip=False,
+            )
+            axes.plot([seconds, seconds], [low, high], color=hue, lw=1.6, solid_capstyle="butt")
+            axes.plot([seconds], [mean], "o", color=hue, ms=7, mec=_PAPER, mew=1)
+        _ticks(axes.yaxis, 5, lambda value: f"{100 * value:.3g}" if quality.kind == "share" else f"{value:.3g}")
+        if axes.get_xscale() == "linear":
+            _ticks(axes.xaxis, 3, _clock)
+        unit = " (%)" if quality.kind == "share" else ""
+        axes.text(-left + 4, inner + 9, f"{quality.title}{unit}", transform=_units(axes), size=_SMALL, color=_MUTED)
+        axes.text(width, -33, cost.title, transform=_units(axes), size=_SMALL, color=_MUTED, ha="right")
+    return out[0]
+
+
+def _apart(wanted: Sequence[float], gap: float, whole: float) -> list[float]:
+    """Move places, given in falling order, as little as needed to lie a gap apart inside 0..whole."""
+    places: list[float] = []
+    for place in wanted:
+        places.append(min(place, places[-1] - gap) if places else min(place, whole - gap / 2))
+    floor = gap / 2
+    for i in range(len(places) - 1, -1, -1):
+        places[i] = max(places[i], floor)
+        floor = places[i] + gap
+    return places
+
+
+def _clock(seconds: float) -> str:
+    for unit, size in (("d", 86400), ("h", 3600), ("min", 60)):
+        if seconds >= 1.5 * size:
+            return f"{seconds / size:.3g} {unit}"
+    return f"{seconds:.3g} s" if seconds else "0"
+
+
+# Learning curves -----------------------------------------------------------------------------------------------------
+
+
+def curve(analysis: Analysis, entry: EntryAnalysis, index: int) -> Drawing | None:
+    """Draw the hold-out top-1 of one entry over epochs, mean and range of the seeds, over plain training in grey."""
+    if not entry.curve.size:
+        return None
+    drawn = [(other, shade) for other, shade in ((_plain(analysis), _PLAIN), (entry, colour(analysis, entry)))]
+    lines = [(other.curve, shade) for other, shade in drawn if other is not None and other.curve.size]
+    if entry.role == "plain":
+        lines = lines[-1:]
+    everything = [other.curve for other in analysis.entries if other.curve.size]
+    top = max(float(np.nanmax(each)) for each in everything)
+    # From where half of all values lie above: the first epochs would squeeze what matters.
+    low = min(float(np.nanmean(each[:, each.shape[1] // 3 :])) for each in everything)
+    low = max(0.0, min(low, top - 0.02) - 1.2 * (top - low))
+    last = entry.curve[:, -1]
+    finding = (
+        f"Hold-out top-1 of {entry.label} over {entry.curve.shape[1]} epochs, ending at a mean of {100 * last.mean():.2f} %"
+        f" over {len(last)} seeds."
+    )
+    width, height, left, bottom = 172, 122, 26, 20
+    with _drawing(f"curve-{index}", width, height, finding) as (figure, out):
+        axes = _axes(figure, left, bottom, width - left - 5, height - bottom - 5)
+        axes.grid(axis="y", color=_LINE, lw=0.6)
+        axes.spines["bottom"].set(visible=True, color=_MUTED, linewidth=0.8)
+        for values, shade in lines:
+            epochs = np.arange(1, values.shape[1] + 1)
+            if len(values) > 1:
+                axes.fill_between(epochs, values.min(0), values.max(0), color=shade, alpha=0.22, lw=0)
+            axes.plot(epochs, values.mean(0), color=shade, lw=1.7, marker="o" if len(epochs) == 1 else "", ms=4)
+        longest = max(each.shape[1] for each in everything)
+        axes.set_xlim(1 if longest > 1 else 0.5, max(longest, 1.5))
+        axes.set_ylim(low, top + 0.04 * (top - low) if top > low else top + 0.01)
+        _ticks(axes.yaxis, 3, lambda value: f"{100 * value:.3g}")
+        axes.set_xticks([1, longest] if longest > 1 else [1])
+        for text, side in zip(axes.get_xticklabels(), ("left", "right"), strict=False):
+            text.set_horizontalalignment(side if longest > 1 else "center")
+        axes.text(
+            left + (width - left) / 2 - 13, 5, "epochs", transform=_units(figure), size=9.5, color=_MUTED, ha="center"
+        )
+        axes.tick_params(labelsize=9.5)
+    return out[0]
+
+
+def _plain(analysis: Analysis) -> EntryAnalysis | None:
+    return next((entry for entry in analysis.entries if entry.role == "plain"), None)
+
+
+# Confusion -----------------------------------------------------------------------------------------------------------
+
+
+def confusion(label: str, change: np.ndarray[Any, Any], classes: Sequence[str], index: int) -> Drawing:
+    """Draw how the confusion matrix changed against plain training, [K, K] test images per seed.
+
+    What is better, more right answers or fewer confusions, has the colour of help; what is worse that of harm.
+    """
+    count = len(classes)
+    better = np.where(np.eye(count, dtype=bool), change, -change)
+    row, col = np.unravel_index(int(np.argmax(np.abs(change))), change.shape)
+    finding = (
+        f"Confusion of {label} minus plain: the largest change is {change[row, col]:+.1f} images per seed of "
+        f"{classes[row]} answered as {classes[col]}."
+    )
+    size = 9.5 if count <= 16 else 7.5
+    names = [shortened(name, 9) for name in classes]
+    left = 8 + 0.6 * size * max(map(len, names))
+    top = 14 + (left - 4 if max(map(len, names)) > 2 else 10)
+    inner = _WIDTH - left - 4
+    with _drawing(f"confusion-{index}", _WIDTH, inner + top + 4, finding) as (figure, out):
+        from matplotlib.collections import PolyCollection
+        from matplotlib.colors import to_rgba
+
+        axes = _axes(figure, left, 4, inner, inner)
+        axes.set(xlim=(0, count), ylim=(count, 0))
+        largest = float(np.abs(change).max()) or 1.0
+        cells, faces = [], []
+        for i, j in zip(*np.nonzero(np.abs(change) >= 0.02 * largest), strict=True):
+            cells.append([(j, i), (j + 1, i), (j + 1, i + 1), (j, i + 1)])
+            faces.append(to_rgba(_GOOD if better[i, j] > 0 else _BAD, round(0.75 * abs(change[i, j]) / largest, 3)))
+        axes.add_collection(PolyCollection(cells, facecolors=faces, edgecolors="none"))
+        grid = np.arange(count + 1)
+        axes.vlines(grid, 0, count, color=_LINE, lw=0.5)
+        axes.hlines(grid, 0, count, color=_LINE, lw=0.5)
+        axes.plot([0, count], [0, count], color=_MUTED, lw=0.5, dashes=(2, 3))
+        if count <= 12:
+            for (i, j), value in np.ndenumerate(change):
+                text = points(value / 100, 1) if abs(value) < 9.95 else points(value / 100, 0)
+                if abs(value) >= 0.05:
+                    axes.text(j + 0.5, i + 0.5, text, ha="center", va="center_baseline", size=9, color=_INK)
+        for i, name in enumerate(names):
+            axes.text(-0.1, i + 0.5, name, ha="right", va="center_baseline", size=size, color=_INK)
+            upright = max(map(len, names)) <= 2
+            turned = {
+                "rotation": 0 if upright else 90,
+                "rotation_mode": "anchor",
+                "ha": "center" if upright else "left",
+            }
+            axes.text(
+                i + 0.5, -0.12, name, va="baseline" if upright else "center_baseline", size=size, color=_INK, **turned
+            )
+        axes.set_xticks([])
+        axes.set_yticks([])
+        axes.text(
+            left + inner, inner + top - 4, "answered →", transform=_units(figure), size=9, color=_MUTED, ha="right"
+        )
+        axes.text(2, inner + 10, "true ↓", transform=_units(figure), size=9, color=_MUTED)
+    return out[0]
+
+
+# From matplotlib to the page -----------------------------------------------------------------------------------------
+
+
+def _axes(figure: Figure, left: float, bottom: float, width: float, height: float) -> Axes:
+    """Add axes at a place in units, without frame or ticks."""
+    whole, tall = figure.get_size_inches() * 72
+    axes = figure.add_axes((left / whole, bottom / tall, width / whole, height / tall))
+    axes.patch.set_visible(False)
+    axes.set_yticks([])
+    axes.set_axisbelow(True)
+    for spine in axes.spines.values():
+        spine.set_visible(False)
+    axes.tick_params(length=0, pad=4, labelcolor=_MUTED, labelsize=_SMALL)
+    return axes
+
+
+def _units(where: Axes | Figure) -> Any:
+    """Return coordinates in units from the lower left corner of axes or figure."""
+    from matplotlib.axes import Axes
+    from matplotlib.transforms import Affine2D, ScaledTranslation
+
+    figure = where.figure if isinstance(where, Axes) else where
+    scale = Affine2D().scale(1 / 72) + figure.dpi_scale_trans
+    if not isinstance(where, Axes):
+        return scale
+    box = where.get_position()
+    width, height = figure.get_size_inches()
+    return scale + ScaledTranslation(box.x0 * width, box.y0 * height, figure.dpi_scale_trans)
+
+
+def _ticks(axis: Any, count: int, write: Callable[[float], str]) -> None:
+    from matplotlib.ticker import FuncFormatter, MaxNLocator
+
+    axis.set_major_locator(MaxNLocator(count, steps=[1, 2, 2.5, 5, 10]))
+    axis.set_major_formatter(FuncFormatter(lambda value, _: write(float(value))))
+
+
+class _drawing:  # noqa: N801 - reads as a statement
+    """A figure in units of 1/72 inch that becomes a `Drawing` at the end of its block."""
+
+    def __init__(self, name: str, width: float, height: float, finding: str):
+        self.name, self.size, self.finding = name, (width / 72, height / 72), finding
+        self.out: list[Drawing] = []
+
+    def __enter__(self) -> tuple[Figure, list[Drawing]]:
+        import matplotlib
+        from matplotlib.figure import Figure
+
+        self.settings = matplotlib.rc_context(
+            {
+                **matplotlib.rcParamsDefault,
+                "svg.fonttype": "none",
+                "svg.hashsalt": f"attar-{self.name}",
+                "text.parse_math": False,  # a label may hold dollars
+                "axes.unicode_minus": True,
+                "path.simplify": True,
+            }
+        )
+        self.settings.__enter__()
+        self.figure = Figure(figsize=self.size, dpi=72)
+        self.figure.patch.set_visible(False)
+        return self.figure, self.out
+
+    def __exit__(self, kind: Any, error: Any, trace: Any) -> None:
+        try:
+            if kind is None:
+                text = io.BytesIO()
+                with warnings.catch_warnings():
+                    warnings.simplefilter(
+                        "ignore"
+                    )  # names in scripts that its own font lacks: the page's font has them
+                    self.figure.savefig(text, format="svg", metadata={"Date": None})
+                self.out.append(Drawing(_inline(text.getvalue(), self.name, self.finding), self.finding))
+        finally:
+            self.settings.__exit__(kind, error, trace)
+
+
+def _inline(svg: bytes, name: str, finding: str) -> str:
+    """Turn matplotlib's file into markup for a page: own ids, the page's colours and font, nothing to load."""
+    root = ElementTree.fromstring(svg)
+    kept = {match for match in re.findall(r'(?:url\(|href=")#([\w.-]+)', svg.decode())}
+    parents = {child: parent for parent in root.iter() for child in parent}
+    for element in list(root.iter()):
+        element.tag = _local(element.tag)
+        element.tail = None
+        if element.tag != "text":
+            element.text = None
+        if element.tag in ("metadata", "style"):
+            parents[element].remove(element)
+            continue
+        attributes = {_local(key): value for key, value in element.attrib.items()}
+        element.attrib.clear()
+        for key, value in attributes.items():
+            new = _attribute(key, value, name, kept)
+            if new is not None:
+                element.set(key, new)
+    _, _, width, height = root.attrib["viewBox"].split()
+    root.attrib.clear()
+    root.attrib.update({"viewBox": f"0 0 {width} {height}", "role": "img", "aria-label": " ".join(finding.split())})
+    return ElementTree.tostring(root, encoding="unicode")
+
+
+def _local(name: str) -> str:
+    return name.rpartition("}")[2]
+
+
+def _attribute(key: str, value: str, name: str, kept: set[str]) -> str | None:
+    if key == "id":
+        return f"{name}-{value}" if value in kept else None
+    if key in ("href", "clip-path"):
+        return value.replace("#", f"#{name}-")
+    if key == "transform" and value.startswith("rotate(-0 "):
+        return None
+    if key == "d":
+        return " ".join(value.split())
+    if key == "style":
+        value = re.sub(r"font-family: [^;]+;? ?", "", re.sub(r"font: ([^;]*?)([\d.]+px)[^;]*", _font, value))
+        return re.sub(r"#[0-9a-f]{6}", lambda match: _VARIABLES.get(match[0], match[0]), value).rstrip("; ")
+    return value
+
+
+def _font(match: re.Match[str]) -> str:
+    """Rewrite the short form that older versions of matplotlib use."""
+    weight = re.search(r"\b(\d{3}|bold)\b", match[1])
+    return (f"font-weight: {weight[1]}; " if weight else "") + f"font-size: {match[2]}"
