@@ -10,14 +10,15 @@ import io
 import math
 import re
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 from xml.etree import ElementTree
 
 import numpy as np
 
-from attar.compare.analysis import Analysis, Column, EntryAnalysis
+from attar.compare.analysis import Analysis, EntryAnalysis
 from attar.compare.statistics import Contrast
 from attar.compare.tables import accuracy_column, cost_column, judged, points, written
 
@@ -25,7 +26,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-__all__ = ["Drawing", "accuracy", "confusion", "costs", "curve", "differences", "shortened"]
+__all__ = ["Drawing", "accuracy", "clean", "confusion", "costs", "curve", "differences", "shortened"]
 
 # What matplotlib draws with, and what the page makes of it.
 _INK, _MUTED, _LINE, _PAPER = "#0a0b01", "#0a0b02", "#0a0b03", "#0a0b04"
@@ -59,9 +60,14 @@ class Drawing:
     finding: str
 
 
+def clean(text: str) -> str:
+    """Return text on one line, without the control characters that markup cannot hold."""
+    return " ".join("".join(letter if letter.isprintable() else " " for letter in text).split())
+
+
 def shortened(text: str, length: int) -> str:
     """Cut a long name in its middle: beginnings and ends tell names apart."""
-    text = " ".join(text.split())
+    text = clean(text)
     if len(text) <= length:
         return text
     ahead = (length - 1) // 2
@@ -100,7 +106,7 @@ def accuracy(analysis: Analysis) -> Drawing | None:
     for entry in analysis.entries:
         figure = entry.figures.get(column.key)
         if figure is None:
-            rows.append(_Row(entry.label, "no finished run", *[math.nan] * 3, (), _MUTED))
+            rows.append(_Row(entry.label, "no finished run", math.nan, math.nan, math.nan, (), _MUTED))
             continue
         ends = max(0.0, figure.low), min(1.0, figure.high)
         hue = colour(analysis, entry)
@@ -238,8 +244,10 @@ def costs(analysis: Analysis) -> Drawing | None:
         if axes.get_xscale() == "linear":
             _ticks(axes.xaxis, 3, _clock)
         unit = " (%)" if quality.kind == "share" else ""
-        axes.text(-left + 4, inner + 9, f"{quality.title}{unit}", transform=_units(axes), size=_SMALL, color=_MUTED)
-        axes.text(width, -33, cost.title, transform=_units(axes), size=_SMALL, color=_MUTED, ha="right")
+        axes.text(
+            -left + 4, inner + 9, f"{quality.title}{unit}", transform=_units(figure, axes), size=_SMALL, color=_MUTED
+        )
+        axes.text(width, -33, cost.title, transform=_units(figure, axes), size=_SMALL, color=_MUTED, ha="right")
     return out[0]
 
 
@@ -280,8 +288,8 @@ def curve(analysis: Analysis, entry: EntryAnalysis, index: int) -> Drawing | Non
     low = max(0.0, min(low, top - 0.02) - 1.2 * (top - low))
     last = entry.curve[:, -1]
     finding = (
-        f"Hold-out top-1 of {entry.label} over {entry.curve.shape[1]} epochs, ending at a mean of {100 * last.mean():.2f} %"
-        f" over {len(last)} seeds."
+        f"Hold-out top-1 of {entry.label} over {entry.curve.shape[1]} epochs, ending at a mean of "
+        f"{100 * last.mean():.2f} % over {len(last)} seeds."
     )
     width, height, left, bottom = 172, 122, 26, 20
     with _drawing(f"curve-{index}", width, height, finding) as (figure, out):
@@ -299,7 +307,7 @@ def curve(analysis: Analysis, entry: EntryAnalysis, index: int) -> Drawing | Non
         _ticks(axes.yaxis, 3, lambda value: f"{100 * value:.3g}")
         axes.set_xticks([1, longest] if longest > 1 else [1])
         for text, side in zip(axes.get_xticklabels(), ("left", "right"), strict=False):
-            text.set_horizontalalignment(side if longest > 1 else "center")
+            text.set(ha=side if longest > 1 else "center")
         axes.text(
             left + (width - left) / 2 - 13, 5, "epochs", transform=_units(figure), size=9.5, color=_MUTED, ha="center"
         )
@@ -321,7 +329,7 @@ def confusion(label: str, change: np.ndarray[Any, Any], classes: Sequence[str], 
     """
     count = len(classes)
     better = np.where(np.eye(count, dtype=bool), change, -change)
-    row, col = np.unravel_index(int(np.argmax(np.abs(change))), change.shape)
+    row, col = divmod(int(np.argmax(np.abs(change))), count)
     finding = (
         f"Confusion of {label} minus plain: the largest change is {change[row, col]:+.1f} images per seed of "
         f"{classes[row]} answered as {classes[col]}."
@@ -355,7 +363,7 @@ def confusion(label: str, change: np.ndarray[Any, Any], classes: Sequence[str], 
         for i, name in enumerate(names):
             axes.text(-0.1, i + 0.5, name, ha="right", va="center_baseline", size=size, color=_INK)
             upright = max(map(len, names)) <= 2
-            turned = {
+            turned: dict[str, Any] = {
                 "rotation": 0 if upright else 90,
                 "rotation_mode": "anchor",
                 "ha": "center" if upright else "left",
@@ -388,16 +396,14 @@ def _axes(figure: Figure, left: float, bottom: float, width: float, height: floa
     return axes
 
 
-def _units(where: Axes | Figure) -> Any:
+def _units(figure: Figure, axes: Axes | None = None) -> Any:
     """Return coordinates in units from the lower left corner of axes or figure."""
-    from matplotlib.axes import Axes
     from matplotlib.transforms import Affine2D, ScaledTranslation
 
-    figure = where.figure if isinstance(where, Axes) else where
     scale = Affine2D().scale(1 / 72) + figure.dpi_scale_trans
-    if not isinstance(where, Axes):
+    if axes is None:
         return scale
-    box = where.get_position()
+    box = axes.get_position()
     width, height = figure.get_size_inches()
     return scale + ScaledTranslation(box.x0 * width, box.y0 * height, figure.dpi_scale_trans)
 
@@ -409,50 +415,33 @@ def _ticks(axis: Any, count: int, write: Callable[[float], str]) -> None:
     axis.set_major_formatter(FuncFormatter(lambda value, _: write(float(value))))
 
 
-class _drawing:  # noqa: N801 - reads as a statement
-    """A figure in units of 1/72 inch that becomes a `Drawing` at the end of its block."""
+@contextmanager
+def _drawing(name: str, width: float, height: float, finding: str) -> Iterator[tuple[Figure, list[Drawing]]]:
+    """Give a figure in units of 1/72 inch and a list that holds the drawing after the block."""
+    import matplotlib
+    from matplotlib.figure import Figure
 
-    def __init__(self, name: str, width: float, height: float, finding: str):
-        self.name, self.size, self.finding = name, (width / 72, height / 72), finding
-        self.out: list[Drawing] = []
-
-    def __enter__(self) -> tuple[Figure, list[Drawing]]:
-        import matplotlib
-        from matplotlib.figure import Figure
-
-        self.settings = matplotlib.rc_context(
-            {
-                **matplotlib.rcParamsDefault,
-                "svg.fonttype": "none",
-                "svg.hashsalt": f"attar-{self.name}",
-                "text.parse_math": False,  # a label may hold dollars
-                "axes.unicode_minus": True,
-                "path.simplify": True,
-            }
-        )
-        self.settings.__enter__()
-        self.figure = Figure(figsize=self.size, dpi=72)
-        self.figure.patch.set_visible(False)
-        return self.figure, self.out
-
-    def __exit__(self, kind: Any, error: Any, trace: Any) -> None:
-        try:
-            if kind is None:
-                text = io.BytesIO()
-                with warnings.catch_warnings():
-                    warnings.simplefilter(
-                        "ignore"
-                    )  # names in scripts that its own font lacks: the page's font has them
-                    self.figure.savefig(text, format="svg", metadata={"Date": None})
-                self.out.append(Drawing(_inline(text.getvalue(), self.name, self.finding), self.finding))
-        finally:
-            self.settings.__exit__(kind, error, trace)
+    settings = {
+        **matplotlib.rcParamsDefault,
+        "svg.fonttype": "none",
+        "svg.hashsalt": f"attar-{name}",
+        "text.parse_math": False,  # a label may hold dollars
+    }
+    out: list[Drawing] = []
+    with matplotlib.rc_context(settings), warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # names in scripts that matplotlib's font lacks: the page's fonts have them
+        figure = Figure(figsize=(width / 72, height / 72), dpi=72)
+        figure.patch.set_visible(False)
+        yield figure, out
+        text = io.BytesIO()
+        figure.savefig(text, format="svg", metadata={"Date": None})
+    out.append(Drawing(_inline(text.getvalue(), name, finding), finding))
 
 
 def _inline(svg: bytes, name: str, finding: str) -> str:
     """Turn matplotlib's file into markup for a page: own ids, the page's colours and font, nothing to load."""
     root = ElementTree.fromstring(svg)
-    kept = {match for match in re.findall(r'(?:url\(|href=")#([\w.-]+)', svg.decode())}
+    kept = set(re.findall(r'(?:url\(|href=")#([\w.-]+)', svg.decode()))
     parents = {child: parent for parent in root.iter() for child in parent}
     for element in list(root.iter()):
         element.tag = _local(element.tag)
@@ -470,7 +459,7 @@ def _inline(svg: bytes, name: str, finding: str) -> str:
                 element.set(key, new)
     _, _, width, height = root.attrib["viewBox"].split()
     root.attrib.clear()
-    root.attrib.update({"viewBox": f"0 0 {width} {height}", "role": "img", "aria-label": " ".join(finding.split())})
+    root.attrib.update({"viewBox": f"0 0 {width} {height}", "role": "img", "aria-label": clean(finding)})
     return ElementTree.tostring(root, encoding="unicode")
 
 

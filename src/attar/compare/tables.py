@@ -26,12 +26,12 @@ __all__ = [
     "accuracy_column",
     "answer",
     "confusion_change",
-    "cost_column",
     "contrast_text",
+    "cost_column",
     "csv_text",
     "failures",
-    "judged",
     "json_text",
+    "judged",
     "markdown_text",
     "points",
     "probability",
@@ -250,8 +250,9 @@ def csv_text(analysis: Analysis) -> str:
     """Write one row per entry and figure, and one per entry and difference, for pandas.
 
     Columns: `label`, `role`, `key` (as in `report.json`; differences are `top1_minus_plain`, `top1_minus_smoothing`),
-    `n` (values behind the mean; 0 where nothing was measured), `mean`, `low`, `high` (95 % interval), `p`, `p_corrected`,
-    `detectable` (differences only) and `seed_S` for every seed that was asked for, empty where that run has no value.
+    `n` (values behind the mean; 0 where nothing was measured), `mean`, `low`, `high` (95 % interval), `p`,
+    `p_corrected`, `detectable` (differences only) and `seed_S` for every seed that was asked for, empty where that run
+    has no value.
     Numbers are in base units: shares in 0..1, seconds, bytes. A wide table of means is
     `frame.pivot(index="label", columns="key", values="mean")`.
     """
