@@ -36,7 +36,17 @@ def refused(capsys: pytest.CaptureFixture[str], *words: str) -> str:
 
 
 def test_public_surface_does_not_grow_by_accident() -> None:
-    assert list(COMMANDS) == ["demo", "train", "evaluate", "methods", "inspect", "check"]
+    assert list(COMMANDS) == [
+        "demo",
+        "train",
+        "compare",
+        "report",
+        "reproduce",
+        "evaluate",
+        "methods",
+        "inspect",
+        "check",
+    ]
     assert attar.__all__ == [
         *("AttarError", "Batch", "Classification", "Distiller", "Method", "Normalization", "Outputs", "Probe"),
         *("Teacher", "Terms", "functional", "methods", "testing", "zoo"),

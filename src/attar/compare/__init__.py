@@ -1,1 +1,1 @@
-"""Comparison: does it help my network, on my data?"""
+"""Comparison: does it help my network, on my data? An honest, priced answer."""

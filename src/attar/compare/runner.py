@@ -31,7 +31,7 @@ from attar.train.stopping import Interrupted, StopRequest
 if TYPE_CHECKING:
     from rich.console import Console
 
-__all__ = ["Cell", "default_jobs", "lock", "train_all"]
+__all__ = ["Cell", "context", "default_jobs", "lock", "train_all"]
 
 # How a child tells that another process is at its run, and that it was interrupted and has saved itself.
 _BUSY, _INTERRUPTED = 75, 130
@@ -164,7 +164,7 @@ class _Crew:
             taken = {place for _, _, place in self.running.values()}
             place = next(number for number in range(self.jobs) if number not in taken)
             gpu = self.gpus[place % len(self.gpus)] if self.gpus else None
-            process = _context().Process(target=_train, args=(cell, self.threads, gpu), name=str(cell))
+            process = context().Process(target=_train, args=(cell, self.threads, gpu), name=str(cell))
             process.start()
             self.running[process.sentinel] = (process, cell, place)
 
@@ -216,7 +216,7 @@ class _Crew:
             process.join()
 
 
-def _context() -> Any:
+def context() -> Any:
     """Return how processes are started: from a server that has imported everything, where the system can."""
     if "forkserver" not in multiprocessing.get_all_start_methods():
         return multiprocessing.get_context("spawn")

@@ -1,0 +1,155 @@
+"""`attar demo`, `train` and `evaluate`."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from attar.cli.words import PLAIN_TABLE, count, make_console, names_of, rank, read_run
+from attar.errors import AttarError
+from attar.options import Parser
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from attar.spec import TrainSpec
+
+__all__ = ["demo", "evaluate", "loading", "train"]
+
+
+def train(words: list[str]) -> int:
+    """Train one run."""
+    parser = Parser(
+        "attar train",
+        "Train a student. A run that was interrupted goes on when the same command is given again.",
+        usage="attar train METHOD[+METHOD...] --model MODEL --data DATA [options]",
+    )
+    parser.add_argument("--out", metavar="FOLDER", help="run folder; default: runs/METHODS-MODEL-DATA-FINGERPRINT")
+    parser.add_argument("--overwrite", action="store_true", help="remove what an earlier run left there")
+    spec, given = read_run(parser, words, None)
+    folder = Path(given["out"] or Path("runs") / _run_name(spec))
+    console = make_console()
+    from attar.train import fit
+
+    if given["overwrite"] or not (folder / "result.json").is_file():
+        _announce(spec, folder, console)
+    result = fit(spec, folder, overwrite=given["overwrite"], console=console)
+    _show_result(result, folder, console)
+    return 0
+
+
+def _run_name(spec: TrainSpec) -> str:
+    data = spec.data.rstrip("/").rpartition("/")[2]
+    name = f"{names_of(spec.methods)}-{spec.model}-{data}-{spec.fingerprint()[:8]}"
+    return re.sub(r"[^\w.+-]+", "-", name)
+
+
+def _announce(spec: TrainSpec, folder: Path, console: Console) -> None:
+    """Say what the run will do, in five lines; the first process only."""
+    if rank() != 0:
+        return
+    import torch
+
+    from attar.train import build_model, build_source
+    from attar.train.precision import resolved
+
+    source = build_source(spec)
+    parameters = sum(p.numel() for p in build_model(spec, source.num_classes).parameters())
+    batch = min(spec.batch, len(source.train))
+    steps = -(-len(source.train) // batch) if spec.keep_last else len(source.train) // batch
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    height, width = source.image_size
+    sizes = {name: len(split) for name, split in source.splits.items()}
+    lines = {
+        "student": f"{spec.model}, {count(parameters)} parameters",
+        "methods": names_of(spec.methods),
+        "data": f"{spec.data}: {source.num_classes} classes, {height} x {width}; {sizes['train']} training, "
+        f"{sizes['holdout']} hold-out and {sizes['test']} test images"
+        + (f", {len(source.skipped)} unreadable ones skipped" if source.skipped else ""),
+        "training": f"{spec.epochs} epochs of {steps} steps of {batch} images, {device.type}, "
+        f"{resolved(spec.precision, device)}",
+        "run": str(folder),
+    }
+    for name, line in lines.items():
+        console.print(f"{name:9}{line}", markup=False, soft_wrap=True)
+
+
+def _show_result(result: dict[str, Any], folder: Path, console: Console) -> None:
+    from rich.table import Table
+
+    table = Table("", "images", "top-1", "top-5", "NLL", "calibration error", "parameters", **PLAIN_TABLE)
+    parameters = result["parameters"]["deployed"]
+    table.add_row("student, hold-out", *_metric_cells(result["holdout"]), count(parameters))
+    table.add_row("student, test", *_metric_cells(result["test"]), count(parameters))
+    for name, other in result["deployables"].items():
+        table.add_row(f"{name}, test", *_metric_cells(other["test"]), count(other["parameters"]))
+    console.print()
+    console.print(table)
+    console.print(
+        f"\nbest epoch {result['best_epoch'] + 1} of {result['epochs']}, "
+        f"{result['training_seconds']:.0f} s of training, "
+        f"{result['images_per_second']:.0f} images/s"
+    )
+    if not result["exportable"]:
+        console.print(f"note: {result['export_refusal']}", markup=False)
+    console.print(f"The plain student is in {folder / 'student'}. To load it:\n", markup=False, soft_wrap=True)
+    console.print(loading(str(result["model"]), folder), markup=False, soft_wrap=True)
+
+
+def loading(model: str, folder: Path) -> str:
+    """Return the Python lines that load the student of a run, without attar where the model is not attar's own."""
+    if model.startswith("torchvision:"):
+        return f'import attar.train\nstudent = attar.train.load_student("{folder}").network'
+    imports = "import timm, attar.zoo" if model.startswith("cifar_") else "import timm"
+    return f'{imports}\nstudent = timm.create_model("local-dir:{folder / "student"}", pretrained=True)'
+
+
+def _metric_cells(metrics: dict[str, Any]) -> list[str]:
+    top5 = f"{metrics['top5']:.2%}" if metrics["top5"] is not None else ""
+    cells = [f"{metrics['top1']:.2%}", top5, f"{metrics['nll']:.4f}", f"{metrics['calibration_error']:.4f}"]
+    return [str(metrics["images"]), *cells]
+
+
+def evaluate(words: list[str]) -> int:
+    """Measure a trained student."""
+    parser = Parser("attar evaluate", "Measure the plain student of a run on images it was not trained on.")
+    parser.add_argument("folder", metavar="RUN", help="folder of a finished run, or its student folder with --data")
+    parser.add_argument("--data", metavar="TEXT", help="other images of the same classes; default: the run's")
+    parser.add_argument("--split", default="test", metavar="TEXT", help="test, holdout or train (default: test)")
+    parser.add_argument("--json", action="store_true", help="print one line of JSON")
+    given = parser.read(words)
+    from rich.table import Table
+
+    from attar.train import evaluate_run
+
+    if not Path(given["folder"]).is_dir():
+        raise AttarError(f"There is no folder '{given['folder']}': give the folder of a finished run.")
+    metrics = evaluate_run(given["folder"], data=given["data"], split=given["split"]).as_dict()
+    console = make_console()
+    if given["json"]:
+        console.print(json.dumps(metrics), markup=False, soft_wrap=True)
+        return 0
+    table = Table("", "images", "top-1", "top-5", "NLL", "calibration error", **PLAIN_TABLE)
+    table.add_row(given["split"], *_metric_cells(metrics))
+    console.print(table)
+    return 0
+
+
+def demo(words: list[str]) -> int:
+    """Run the demo."""
+    from attar.demo import EPOCHS, SEEDS
+    from attar.demo import demo as run
+
+    parser = Parser("attar demo", "Plain training against ONE on embedded digits, paired over seeds.")
+    parser.add_argument("--out", default="runs/demo", metavar="FOLDER", help="where runs go (default: runs/demo)")
+    parser.add_argument("--seeds", type=int, default=SEEDS, metavar="N", help=f"runs per method (default: {SEEDS})")
+    parser.add_argument("--epochs", type=int, default=EPOCHS, metavar="N", help=f"of every run (default: {EPOCHS})")
+    parser.add_argument("--overwrite", action="store_true", help="begin anew instead of keeping what is there")
+    given = parser.read(words)
+    try:
+        run(Path(given["out"]), given["seeds"], given["epochs"], given["overwrite"], make_console())
+    except KeyboardInterrupt as stopped:
+        raise KeyboardInterrupt("Stopped and saved: run the same command again to go on.") from stopped
+    return 0

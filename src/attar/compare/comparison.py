@@ -1,0 +1,267 @@
+"""The whole comparison: baselines and methods planned, trained, measured, analysed and reported."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from attar.compare.analysis import Analysis, analyse
+from attar.compare.measure import measure_runs
+from attar.compare.protocol import PLAIN, SMOOTHING, Entry, run_folder, smoothed
+from attar.compare.records import read_record
+from attar.compare.report import write_report
+from attar.compare.runner import Cell, context, default_jobs, lock, train_all
+from attar.compare.timing import step_seconds
+from attar.distiller import Distiller
+from attar.errors import AttarError
+from attar.spec import TrainSpec
+from attar.tasks import Classification
+from attar.train.build import build_methods, build_model, build_source
+from attar.train.files import read_json, storage_errors, write_json
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+__all__ = ["Plan", "compare", "read_duration", "report"]
+
+_KEPT = "comparison.json"
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What is compared with what.
+
+    Attributes:
+        entries: the methods, in the order of the table.
+        base: what all runs share; its methods and seed are replaced.
+        seeds: of the runs of every entry.
+        smoothing: label smoothing's candidates; with several, the first seed's hold-out chooses one for all seeds.
+        equal: every run has the same epochs, or costs the same time as plain training for the epochs of `base`.
+        budget: seconds that all runs together may take; the epochs are then chosen for that.
+        corruptions: test images on which robustness is measured (0: it is not).
+        epochs: of the entries that differ from `base`, by label; settled by `compare`.
+    """
+
+    entries: tuple[Entry, ...]
+    base: TrainSpec
+    seeds: tuple[int, ...]
+    smoothing: tuple[float, ...] = SMOOTHING
+    equal: Literal["epochs", "cost"] = "epochs"
+    budget: float | None = None
+    corruptions: int = 0
+    epochs: Mapping[str, int] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        """Refuse what can have no answer.
+
+        Raises:
+            AttarError: no seed, no smoothing, an entry that is there already, a budget without time.
+        """
+        if not self.seeds:
+            raise AttarError("A comparison needs at least 1 seed, and at least 2 to tell an effect from chance.")
+        if not self.smoothing or not all(0.0 < share < 1.0 for share in self.smoothing):
+            raise AttarError(f"Label smoothing lies between 0 and 1 and cannot be {list(self.smoothing)}.")
+        if self.budget is not None and self.budget <= 0:
+            raise AttarError("The budget must be some time, for example 8h or 90min.")
+        labels = [entry.label for entry in self.entries]
+        for entry in self.entries:
+            if labels.count(entry.label) > 1:
+                raise AttarError(f"'{entry.label}' is given {labels.count(entry.label)} times: give each entry once.")
+            if [*(method.options.keys() for method in entry.methods)] == [{"label_smoothing"}]:
+                raise AttarError(f"Label smoothing is always in the table: give --smoothing instead of {entry.label}.")
+
+    def cell(self, home: Path, entry: Entry, seed: int) -> Cell:
+        """Return one run."""
+        epochs = self.epochs.get(entry.label, self.base.epochs)
+        spec = self.base.model_copy(update={"methods": entry.methods, "seed": seed, "epochs": epochs})
+        return Cell(entry.label, spec, run_folder(home, spec))
+
+
+def compare(
+    plan: Plan, home: Path, *, jobs: int | None = None, command: str | None = None, console: Console
+) -> Analysis:
+    """Train whatever is missing of a comparison and write its report: `report.html`, `.md`, `.csv` and `.json`.
+
+    Runs are kept under names made from their specs. So an interrupted comparison goes on, an added entry or seed trains
+    only what is new, and several processes may work at one folder.
+
+    Args:
+        plan: what to compare.
+        home: folder of the comparison.
+        jobs: runs at a time; default: one per GPU, else one per processor.
+        command: what to type for the same comparison; default: written from the specs.
+        console: where progress is shown.
+
+    Raises:
+        AttarError: a folder that holds something else, or data, model, method or option that no run can use.
+        Interrupted: Ctrl-C or SIGTERM; the same call goes on.
+    """
+    if (home / "spec.json").is_file() or home.is_file():
+        raise AttarError(f"'{home}' is no folder of a comparison: choose another one.")
+    if jobs is not None and jobs < 1:
+        raise AttarError(f"At least 1 run at a time must be trained, not {jobs}.")
+    jobs = jobs or default_jobs()
+    _check(plan)
+    with storage_errors(home):
+        home.mkdir(parents=True, exist_ok=True)
+    with lock(home / _KEPT):
+        plan = _settle_epochs(plan, home, jobs, command, console)
+    candidates = [plan.cell(home, smoothed(share), plan.seeds[0]) for share in plan.smoothing]
+    rows = (PLAIN, *plan.entries)
+    cells = [*candidates, *(plan.cell(home, entry, seed) for seed in plan.seeds for entry in rows)]
+    train_all(cells, jobs=jobs, console=console)
+    best = max(zip(plan.smoothing, candidates, strict=True), key=lambda pair: _on_holdout(pair[1]))[0]
+    tuned = [plan.cell(home, smoothed(best), seed) for seed in plan.seeds[1:]]
+    train_all(tuned, jobs=jobs, console=console)
+    folders = [cell.folder for cell in (*cells, *tuned)]
+    with lock(home / "measured"):
+        measure_runs([folder for folder in folders if (folder / "result.json").is_file()], plan.corruptions, console)
+    return _reported(folders, home)
+
+
+def _check(plan: Plan) -> None:
+    """Refuse now what every run, or every run of an entry, would be refused for."""
+    source = build_source(plan.base)
+    for entry in (PLAIN, *plan.entries):
+        spec = plan.base.model_copy(update={"methods": entry.methods})
+        student = build_model(spec, source.num_classes)
+        Distiller(student, build_methods(spec, source.num_classes), Classification(source.num_classes))
+
+
+def report(paths: Sequence[Path], out: Path) -> Analysis:
+    """Write the report of runs that are there, from their folders alone.
+
+    Args:
+        paths: run folders, or folders of runs.
+        out: where the report goes.
+
+    Raises:
+        AttarError: runs that are not of one comparison, or none that is finished.
+    """
+    folders = [path for each in paths for path in ([each] if (each / "spec.json").is_file() else _runs_in(each))]
+    home = paths[0] if len(paths) == 1 and (paths[0] / _KEPT).is_file() else None
+    return _reported(folders, out, home)
+
+
+def _runs_in(folder: Path) -> list[Path]:
+    inside = sorted(spec.parent for spec in folder.glob("*/spec.json"))
+    if not inside:
+        raise AttarError(f"'{folder}' is no run folder and holds none: give what attar train or compare wrote.")
+    return inside
+
+
+def _reported(folders: Sequence[Path], out: Path, home: Path | None = None) -> Analysis:
+    kept = _kept(home or out)
+    records = [read_record(folder) for folder in dict.fromkeys(folders) if (folder / "spec.json").is_file()]
+    analysis = analyse(
+        records,
+        order=kept.get("order", ()),
+        seeds=kept.get("seeds", ()),
+        reproduce=kept.get("command"),
+        notes=kept.get("notes", ()),
+    )
+    with storage_errors(out):
+        out.mkdir(parents=True, exist_ok=True)
+    write_report(analysis, out)
+    return analysis
+
+
+def _kept(home: Path) -> dict[str, Any]:
+    found = read_json(home / _KEPT) if (home / _KEPT).is_file() else {}
+    assert isinstance(found, dict)
+    return found
+
+
+def _on_holdout(cell: Cell) -> tuple[float, float]:
+    if not cell.finished:
+        return -1.0, 0.0
+    held = json.loads((cell.folder / "result.json").read_text(encoding="utf-8"))["holdout"]
+    return held["top1"], -held["nll"]
+
+
+# How many epochs each entry gets. What was measured is kept, so that the same call trains the same runs.
+
+
+def _settle_epochs(plan: Plan, home: Path, jobs: int, command: str | None, console: Console) -> Plan:
+    # What was measured for another model, data or batch says nothing here.
+    base = plan.base.model_copy(update={"epochs": 1}).fingerprint()
+    kept = _kept(home)
+    if kept.get("base") != base:
+        kept = {}
+    costs: dict[str, float] = dict(kept.get("relative_cost", {}))
+    budgets: dict[str, int] = dict(kept.get("epochs_for_budget", {}))
+    asked = "none" if plan.budget is None else written_duration(plan.budget)
+    unknown = [entry for entry in plan.entries if entry.label not in costs]
+    notes: list[str] = []
+    if (plan.equal == "cost" and unknown) or (plan.budget is not None and asked not in budgets):
+        console.print(f"Measuring the training step of {len(unknown)} entries against plain training ...")
+        cells = [plan.cell(home, entry, plan.seeds[0]) for entry in (PLAIN, *unknown)]
+        # In a process of its own, whose memory ends with it.
+        with ProcessPoolExecutor(1, mp_context=context()) as pool:
+            seconds, images = pool.submit(step_seconds, [cell.spec for cell in cells], jobs).result()
+        costs |= {cell.label: each / seconds[0] for cell, each in zip(cells, seconds, strict=True)}
+        if plan.budget is not None and asked not in budgets:
+            budgets[asked] = _affordable(plan, costs, seconds[0] * images, jobs)
+    if plan.budget is not None:
+        plan = replace(plan, base=plan.base.model_copy(update={"epochs": budgets[asked]}))
+        notes.append(f"{budgets[asked]} epochs were chosen for a budget of {asked}.")
+    if plan.equal == "cost":
+        epochs = {e.label: max(1, round(plan.base.epochs / costs[e.label])) for e in plan.entries}
+        plan = replace(plan, epochs=epochs)
+        notes.append(
+            f"Equal training cost: every entry trained for about as long as plain training for {plan.base.epochs} "
+            "epochs, by the time of its step; teachers are not counted in that."
+        )
+    write_json(
+        home / _KEPT,
+        {
+            "base": base,
+            "order": [entry.label for entry in plan.entries],
+            "seeds": list(plan.seeds),
+            "command": command,
+            "notes": notes,
+            "relative_cost": costs,
+            "epochs_for_budget": budgets,
+        },
+    )
+    return plan
+
+
+def _affordable(plan: Plan, costs: Mapping[str, float], epoch_seconds: float, jobs: int) -> int:
+    """Return the epochs of plain training for which all runs together take the budget."""
+    assert plan.budget is not None
+    share = {entry.label: 1.0 if plan.equal == "cost" else costs[entry.label] for entry in plan.entries}
+    runs = len(plan.seeds) * (2 + sum(share.values())) + len(plan.smoothing) - 1
+    epochs = int(plan.budget * jobs / (runs * epoch_seconds))
+    if epochs < 1:
+        needed = written_duration(runs * epoch_seconds / jobs)
+        raise AttarError(
+            f"One epoch of every run takes about {needed}, more than the budget of {written_duration(plan.budget)}: "
+            "give more time, fewer seeds or entries, or a train_limit."
+        )
+    return epochs
+
+
+def read_duration(text: str) -> float:
+    """Read a time such as `8h`, `1h30min`, `90min` or `45s` as seconds.
+
+    Raises:
+        AttarError: no such time.
+    """
+    parts = re.findall(r"(\d+(?:\.\d+)?)\s*(h|min|m|s)", text)
+    if not parts or re.sub(r"(\d+(?:\.\d+)?)\s*(h|min|m|s)", "", text).strip():
+        raise AttarError(f"'{text}' is no time: write 8h, 1h30min, 90min or 45s.")
+    return sum(float(number) * {"h": 3600, "s": 1}.get(unit, 60) for number, unit in parts)
+
+
+def written_duration(seconds: float) -> str:
+    """Write seconds as `read_duration` reads them, rounded."""
+    if seconds < 90:
+        return f"{seconds:.0f}s"
+    minutes = round(seconds / 60)
+    return f"{minutes}min" if minutes < 90 else f"{minutes // 60}h" + (f"{minutes % 60}min" if minutes % 60 else "")
