@@ -7,7 +7,7 @@ from collections.abc import Callable
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 from scipy import stats
@@ -42,6 +42,7 @@ def test_contrast_uses_the_pairs() -> None:
     assert found.p_corrected == found.p
 
 
+@settings(deadline=None)
 @given(
     st.lists(st.tuples(st.integers(0, 10_000), st.integers(0, 10_000)), min_size=2, max_size=8).filter(
         lambda pairs: len({a - b for a, b in pairs}) > 1
@@ -135,6 +136,7 @@ def test_detectable_by_a_second_way() -> None:
         assert math.isclose(power, 0.8, abs_tol=1e-5)
 
 
+@settings(deadline=None)
 @given(st.integers(2, 30), st.integers(1, 20), st.floats(1e-4, 1.0))
 def test_detectable_properties(n: int, family: int, sd: float) -> None:
     effect = detectable(sd, n, alpha=0.05 / family)
@@ -144,6 +146,7 @@ def test_detectable_properties(n: int, family: int, sd: float) -> None:
     assert math.isclose(detectable(2 * sd, n, alpha=0.05 / family), 2 * effect)
 
 
+@settings(deadline=None)
 @given(st.lists(st.lists(st.integers(0, 30), min_size=4, max_size=4), min_size=2, max_size=7))
 def test_what_is_seen_beyond_the_detectable_difference_is_a_finding(counts: list[list[int]]) -> None:
     """So that no verdict says that a difference could not have been seen below the one that was not."""

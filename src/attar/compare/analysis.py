@@ -2,38 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
+from statistics import fmean
 from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
-from attar.compare.statistics import Contrast, Summary
+from attar.compare.columns import COLUMNS, Column, at, confusion, figures, recall
+from attar.compare.groups import chosen, finished, grouped, smoothing, tuning
+from attar.compare.records import Record
+from attar.compare.reproduce import command
+from attar.compare.statistics import Contrast, Summary, contrasts, verdict
+from attar.compare.teachers import resolved, teacher_seconds, teachers
+from attar.train.files import read_json
 
-__all__ = ["Analysis", "Attached", "Column", "EntryAnalysis", "Failure"]
-
-
-@dataclass(frozen=True)
-class Column:
-    """One figure that every entry has.
-
-    Attributes:
-        key: as in the CSV and JSON files.
-        title: as in tables.
-        kind: how it is written: `share` (0..1, as percent), `number`, `seconds`, `milliseconds`, `bytes`, `flops`,
-            `count` or `rate`.
-        better: which way is better; None where neither is.
-        meaning: one sentence.
-        group: `quality`, `training` or `deployment`.
-    """
-
-    key: str
-    title: str
-    kind: Literal["share", "number", "seconds", "milliseconds", "bytes", "flops", "count", "rate"]
-    better: Literal["high", "low"] | None
-    meaning: str
-    group: Literal["quality", "training", "deployment"]
+__all__ = ["COLUMNS", "Analysis", "Attached", "Column", "EntryAnalysis", "Failure", "analyse"]
 
 
 @dataclass(frozen=True)
@@ -74,6 +60,8 @@ class Attached:
 class EntryAnalysis:
     """One row of the comparison.
 
+    Of an entry without a finished run, `curve` is [0, E] and everything else that is measured is zero.
+
     Attributes:
         label: what it is called.
         role: `plain` and `smoothing` are the baselines, all others are methods.
@@ -86,7 +74,8 @@ class EntryAnalysis:
         curve: [S, E] hold-out top-1 of every seed after every epoch; runs of the entry have equal lengths.
         curve_cost: [E] mean seconds of training (teachers included) until the end of every epoch.
         confusion: [K, K] mean over seeds of the test confusion matrix, true class by row, in images.
-        per_class: [K] mean over seeds of the share of each class's test images answered rightly.
+        per_class: [K] mean over seeds of the share of each class's test images answered rightly; NaN for a class that
+            has none.
         attached: what its methods added.
         options: hyper-parameters of its methods, resolved, by method name.
         teacher_seconds: training time of its teachers, where their run folders are there; included in training time.
@@ -125,7 +114,8 @@ class Analysis:
         seeds: all seeds that were asked for.
         columns: in the order of the table; only those that at least one entry has.
         entries: plain, label smoothing, then the methods in the order given.
-        smoothing: what label smoothing was tuned over, hold-out top-1 by candidate; empty when it was not tuned.
+        smoothing: what label smoothing was tuned over, hold-out top-1 by candidate on the seeds that all candidates
+            have; empty when it was not tuned.
         settings: everything all runs share, resolved (the spec without methods and seed).
         environment: hardware and versions that the runs saw; several values where they differ.
         reproduce: the command that makes the same comparison.
@@ -144,3 +134,268 @@ class Analysis:
     environment: Mapping[str, tuple[str, ...]]
     reproduce: str
     notes: tuple[str, ...]
+
+
+_CAUTION = (
+    "Conclusions are about this split and these test images: seeds vary initialisation, order and augmentation alone."
+)
+
+
+def analyse(
+    records: Sequence[Record],
+    *,
+    order: Sequence[str] = (),
+    seeds: Sequence[int] = (),
+    reproduce: str | None = None,
+    notes: Sequence[str] = (),
+) -> Analysis:
+    """Compute a comparison from its runs.
+
+    Entries are compared by test top-1, seed by seed, with plain training and with label smoothing. Of several label
+    smoothings the one with the most finished seeds is the entry; among equals the hold-out decides, never the test set.
+
+    Args:
+        records: all runs of one comparison, finished or not.
+        order: labels of the methods as they shall be listed; others follow as they come.
+        seeds: all that were asked for; default: those that any entry has.
+        reproduce: the command that made the runs; default: one that makes the same comparison.
+        notes: what a reader must know besides.
+
+    Raises:
+        AttarError: runs that are not of one comparison, a run given twice, or none that is finished.
+    """
+    groups = grouped(records)
+    asked = tuple(seeds) or tuple(sorted({record.spec.seed for record in records}))
+    candidates = {share: runs for runs in groups.values() if (share := smoothing(runs[0].spec.methods)) is not None}
+    tuned = tuning(candidates)
+    best = chosen(candidates, tuned)
+    dropped = [run for share, runs in candidates.items() if share != best for run in runs]
+    rows = [_Row(label, groups[label]) for label in dict.fromkeys(["plain", *order, *groups]) if label in groups]
+    rows = [row for row in rows if row.share in (None, best)]
+    rows.sort(key=lambda row: ("plain", "smoothing", "method").index(row.role))
+    against = {role: _against(role, rows) for role in ("plain", "smoothing")}
+    rival = "label smoothing" if best is None else f"{'tuned ' * (len(tuned) > 1)}label smoothing {best:g}"
+    classes = _classes(records)
+    entries = tuple(_entry(row, asked, len(classes), against, rival) for row in rows)
+    measured = {key for entry in entries for key in entry.figures}
+    specs = [record.spec.model_dump(mode="json") for record in records]
+    said = [
+        *_about_epochs(entries),
+        *_about_tuning(tuned),
+        *(note for row in rows for note in _about_teachers(row)),
+        *_about_missing(entries, dropped, [label for label in order if label not in groups]),
+        *_about_machines(records),
+    ]
+    return Analysis(
+        model=records[0].spec.model,
+        data=records[0].spec.data,
+        classes=classes,
+        images=_images(records),
+        seeds=asked,
+        columns=tuple(column for column in COLUMNS if column.key in measured),
+        entries=entries,
+        smoothing={f"{share:g}": top1 for share, (top1, _) in tuned.items()} if len(tuned) > 1 else {},
+        settings={
+            name: value
+            for name, value in specs[0].items()
+            if name not in ("methods", "seed") and all(spec[name] == value for spec in specs)
+        },
+        environment=_environment(records),
+        reproduce=reproduce or command([record.spec for record in records], asked, [row.name for row in rows]),
+        notes=(*notes, _CAUTION, *said),
+    )
+
+
+# One entry -----------------------------------------------------------------------------------------------------------
+
+
+class _Row:
+    """The runs of one entry."""
+
+    def __init__(self, label: str, runs: Sequence[Record]) -> None:
+        self.spec = runs[0].spec
+        self.share = smoothing(self.spec.methods)
+        self.role: Literal["plain", "smoothing", "method"]
+        self.role = "plain" if not self.spec.methods else "method" if self.share is None else "smoothing"
+        self.name = label if self.share is None else f"label smoothing {self.share:g}"
+        self.runs = {run.spec.seed: run for run in runs}
+        self.finished = finished(runs)
+
+    @property
+    def top1(self) -> dict[int, float]:
+        """On the test images, by seed."""
+        return {seed: at(run.result, "test", "top1") for seed, run in self.finished.items()}
+
+
+def _against(role: str, rows: Sequence[_Row]) -> dict[str, Contrast]:
+    """Compare with one baseline, by test top-1, all entries that are listed after it."""
+    baseline = next((row for row in rows if row.role == role and row.finished), None)
+    if baseline is None:
+        return {}
+    images = at(next(iter(baseline.finished.values())).result, "test", "images")
+    others = {row.name: row.top1 for row in rows if row.role not in ("plain", role)}
+    return contrasts(others, baseline.top1, 1 / images)
+
+
+def _entry(
+    row: _Row, asked: Sequence[int], classes: int, against: Mapping[str, Mapping[str, Contrast]], rival: str
+) -> EntryAnalysis:
+    runs = list(row.finished.values())
+    failures = [
+        Failure(seed, run.failure or "not finished yet") for seed, run in row.runs.items() if run.result is None
+    ]
+    failures += [Failure(seed, "not started") for seed in asked if seed not in row.runs]
+    plain, rivals = (against[role].get(row.name) for role in ("plain", "smoothing"))
+    found = figures(runs)
+    if not runs:
+        said = f"{row.name} has no finished run ({failures[0].reason.rstrip('.')})."
+    elif row.role == "method":
+        said = verdict(row.name, plain, rivals, rival=rival)
+    else:
+        said = _scored(row.name, found["top1"])
+    epochs = min((len(run.epochs) for run in runs), default=row.spec.epochs)
+    curve = [[epoch["holdout"]["top1"] for epoch in run.epochs[:epochs]] for run in runs]
+    counts = np.array([confusion(run, classes) for run in runs]).reshape(-1, classes, classes)
+    before = teacher_seconds(row.spec) if runs else 0.0
+    own = found["training_seconds"].mean - before if runs else 0.0
+    return EntryAnalysis(
+        label=row.name,
+        role=row.role,
+        seeds=tuple(row.finished),
+        failures=tuple(sorted(failures, key=lambda failure: failure.seed)),
+        figures=found,
+        against_plain=plain,
+        against_smoothing=rivals,
+        verdict=said,
+        curve=np.array(curve, dtype=np.float64).reshape(len(runs), epochs),
+        # The teachers come first; then every epoch takes the same number of equal steps.
+        curve_cost=before + own * np.arange(1, epochs + 1) / row.spec.epochs,
+        confusion=counts.mean(axis=0) if runs else np.zeros((classes, classes)),
+        per_class=np.mean([recall(each) for each in counts], axis=0) if runs else np.zeros(classes),
+        attached=tuple(about for method in row.spec.methods if (about := _attached(method.name, runs)) is not None),
+        options={method.name: resolved(method) for method in row.spec.methods},
+        teacher_seconds=teacher_seconds(row.spec),
+        epochs=row.spec.epochs,
+        folders=tuple(str(run.folder) for run in runs),
+    )
+
+
+def _scored(name: str, top1: Summary) -> str:
+    n = len(top1.values)
+    said = f"95 % interval {100 * top1.low:.2f} to {100 * top1.high:.2f}, {n} seeds" if n > 1 else "1 seed"
+    name = "plain training" if name == "plain" else name
+    return f"{name[0].upper()}{name[1:]} scores {100 * top1.mean:.2f} % of test top-1 ({said})."
+
+
+def _attached(method: str, runs: Sequence[Record]) -> Attached | None:
+    """Return what a method added; None when no run recorded it."""
+    found = next((about for run in runs if (about := at(run.result, "attached", method)) is not None), None)
+    if found is None:
+        return None
+    terms: dict[str, list[tuple[float, float]]] = {}
+    for run in runs:
+        for name, term in (at(run.result, "terms") or {}).items():
+            owner, _, short = name.partition(".")
+            if owner == method and short:
+                terms.setdefault(short, []).append((term["loss"], term["weight"]))
+    return Attached(
+        method=method,
+        auxiliaries=dict(found["auxiliaries"]),
+        taps=tuple(found["taps"]),
+        teachers=tuple(found["teachers"]),
+        views=found["views"],
+        terms={
+            name: (fmean(pair[0] for pair in seen), fmean(pair[1] for pair in seen)) for name, seen in terms.items()
+        },
+    )
+
+
+# The whole comparison ------------------------------------------------------------------------------------------------
+
+
+def _classes(records: Sequence[Record]) -> tuple[str, ...]:
+    """Return the class names as a student's folder tells them, else numbers."""
+    for record in records:
+        config = record.folder / "student" / "config.json"
+        if record.result is not None and config.is_file():
+            return tuple(at(read_json(config), "attar", "classes"))
+    answers = [record.predictions for record in records if record.predictions is not None]
+    highest = max(max(int(each.targets.max()), int(each.predicted.max())) for each in answers)
+    return tuple(map(str, range(highest + 1)))
+
+
+def _images(records: Sequence[Record]) -> dict[str, int]:
+    sessions = [about["images"] for record in records for about in record.environment if "images" in about]
+    if sessions:
+        return dict(sessions[0])
+    result = next(record.result for record in records if record.result is not None)
+    return {split: result[split]["images"] for split in ("holdout", "test")}
+
+
+_MACHINE = ("device", "device_name", "processes", "threads")
+_SOFTWARE = ("precision", "compiled", "attar", "torch", "torchvision", "timm", "python", "platform")
+
+
+def _environment(records: Sequence[Record]) -> dict[str, tuple[str, ...]]:
+    sessions = [about for record in records for about in record.environment]
+    return {
+        name: values
+        for name in (*_MACHINE, *_SOFTWARE)
+        if any(values := tuple(dict.fromkeys(str(about[name]) for about in sessions if name in about)))
+    }
+
+
+# What a reader must know, a sentence each ----------------------------------------------------------------------------
+
+
+def _about_epochs(entries: Sequence[EntryAnalysis]) -> list[str]:
+    if len({entry.epochs for entry in entries}) == 1:
+        return []
+    said = ", ".join(f"{entry.label} {entry.epochs}" for entry in entries)
+    return [f"Entries were trained for different numbers of epochs, as equal training cost asks ({said})."]
+
+
+def _about_tuning(tuned: Mapping[float, tuple[float, float]]) -> list[str]:
+    if len(tuned) < 2:
+        return []
+    said = ", ".join(f"{share:g}" for share in tuned)
+    return [f"Label smoothing was tuned over {said} on the hold-out, on the seeds that all of them have."]
+
+
+def _about_teachers(row: _Row) -> list[str]:
+    seconds, named = teacher_seconds(row.spec), teachers(row.spec)
+    unknown = [text for text in named if not (Path(text) / "result.json").is_file()]
+    notes = []
+    if seconds:
+        notes.append(
+            f"The training time of {row.name} includes {seconds:.0f} s of its teachers' for every seed, though they "
+            "were trained once."
+        )
+    if unknown:
+        notes.append(f"The training time of {row.name} lacks that of {', '.join(unknown)}, which is not known.")
+    return notes
+
+
+def _about_missing(entries: Sequence[EntryAnalysis], dropped: Sequence[Record], absent: Sequence[str]) -> list[str]:
+    told = [(entry.label, failure.seed, failure.reason) for entry in entries for failure in entry.failures]
+    told += [
+        (f"label smoothing {smoothing(run.spec.methods):g}", run.spec.seed, run.failure or "not finished yet")
+        for run in dropped
+        if run.result is None
+    ]
+    missing = [f"{label}, seed {seed} ({reason.rstrip('.')})" for label, seed, reason in told]
+    notes = [f"Runs without a result: {'; '.join(missing)}."] if missing else []
+    return [*notes, f"No run has begun of {', '.join(absent)}."] if absent else notes
+
+
+def _about_machines(records: Sequence[Record]) -> list[str]:
+    seen = _environment(records)
+    notes = []
+    for names, doubt in (
+        (_MACHINE, "times and memory do not compare exactly"),
+        (_SOFTWARE, "results may differ by that"),
+    ):
+        said = [f"{name} ({', '.join(seen[name])})" for name in names if len(seen.get(name, ())) > 1]
+        if said:
+            notes.append(f"Not all runs saw the same {', '.join(said)}: {doubt}.")
+    return notes

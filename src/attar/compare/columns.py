@@ -1,0 +1,217 @@
+"""The columns of a comparison: what is told of every entry, and how a run is asked for it."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from statistics import fmean
+from typing import Any, Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+from attar.compare.records import Record
+from attar.compare.statistics import Summary, summary
+from attar.compare.teachers import teacher_seconds
+
+__all__ = ["COLUMNS", "Column", "at", "confusion", "figures", "recall"]
+
+
+@dataclass(frozen=True)
+class Column:
+    """One figure that every entry has.
+
+    Attributes:
+        key: as in the CSV and JSON files.
+        title: as in tables.
+        kind: how it is written: `share` (0..1, as percent), `number`, `seconds`, `milliseconds`, `bytes`, `flops`,
+            `count` or `rate`.
+        better: which way is better; None where neither is.
+        meaning: one sentence.
+        group: `quality`, `training` or `deployment`.
+    """
+
+    key: str
+    title: str
+    kind: Literal["share", "number", "seconds", "milliseconds", "bytes", "flops", "count", "rate"]
+    better: Literal["high", "low"] | None
+    meaning: str
+    group: Literal["quality", "training", "deployment"]
+
+
+COLUMNS = (
+    Column("top1", "Top-1", "share", "high", "Share of test images whose class the student names.", "quality"),
+    Column(
+        "top5",
+        "Top-5",
+        "share",
+        "high",
+        "Share of test images whose class is among the student's first five.",
+        "quality",
+    ),
+    Column("nll", "NLL", "number", "low", "Mean of -log p(true class) over the test images, in nats.", "quality"),
+    Column(
+        "calibration_error",
+        "Calibration error",
+        "share",
+        "low",
+        "Expected difference of confidence and accuracy over 15 equal bins of confidence.",
+        "quality",
+    ),
+    Column(
+        "class_spread",
+        "Per-class spread",
+        "share",
+        "low",
+        "Standard deviation of the accuracies of the single classes: how unevenly the student serves them.",
+        "quality",
+    ),
+    Column(
+        "agreement",
+        "Agreement",
+        "share",
+        "high",
+        "Share of test images to which students of two seeds give the same class, mean over pairs of seeds.",
+        "quality",
+    ),
+    Column(
+        "corruption_top1",
+        "Corrupted top-1",
+        "share",
+        "high",
+        "Top-1 on corrupted test images, mean over kinds and severities.",
+        "quality",
+    ),
+    Column(
+        "training_seconds",
+        "Training time",
+        "seconds",
+        "low",
+        "Time spent in training steps, that of its teachers included where their run folders are there.",
+        "training",
+    ),
+    Column(
+        "images_per_second",
+        "Images/s",
+        "rate",
+        "high",
+        "Training images per second, teachers' training left out.",
+        "training",
+    ),
+    Column(
+        "peak_memory",
+        "Peak memory",
+        "bytes",
+        "low",
+        "Most memory in use while training: on a GPU what was allocated there, else what the process gained.",
+        "training",
+    ),
+    Column(
+        "training_flops",
+        "Training FLOPs",
+        "flops",
+        "low",
+        "Operations of all training steps, forward and backward, teachers' answers included but not their training.",
+        "training",
+    ),
+    Column(
+        "extra_parameters",
+        "Extra parameters",
+        "count",
+        "low",
+        "Parameters that training needs and deployment drops.",
+        "training",
+    ),
+    Column("deployed_parameters", "Parameters", "count", "low", "Parameters of the student as deployed.", "deployment"),
+    Column("deployed_flops", "FLOPs", "flops", "low", "Operations of the student for one image.", "deployment"),
+    Column(
+        "latency",
+        "Latency",
+        "milliseconds",
+        "low",
+        "Median time of the student for one image on one CPU thread.",
+        "deployment",
+    ),
+)
+
+
+def figures(runs: Sequence[Record]) -> dict[str, Summary]:
+    """Return every figure over the finished runs that have it, by column key."""
+    measured = {
+        key: summary(values)
+        for key, measure in _MEASURES.items()
+        if (values := [value for run in runs if (value := measure(run)) is not None])
+    }
+    agreement = _agreement(runs)
+    return measured if agreement is None else {**measured, "agreement": agreement}
+
+
+def at(values: Any, *keys: str) -> Any:
+    """Return what lies at the end of the keys; None where one is missing: older runs recorded less."""
+    for key in keys:
+        values = values.get(key) if isinstance(values, Mapping) else None
+    return values
+
+
+def _agreement(runs: Sequence[Record]) -> Summary | None:
+    """Compare the answers of every two seeds; no interval, since pairs that share a seed are not independent."""
+    answers = [run.predictions.predicted for run in runs if run.predictions is not None]
+    shares = tuple(float(np.mean(one == two)) for one, two in itertools.combinations(answers, 2))
+    return Summary(shares, fmean(shares), fmean(shares), fmean(shares)) if shares else None
+
+
+def confusion(run: Record, classes: int) -> NDArray[np.float64]:
+    """Return the [K, K] counts of test images by true class (rows) and answer."""
+    assert run.predictions is not None
+    cells = run.predictions.targets * classes + run.predictions.predicted
+    return np.bincount(cells, minlength=classes**2).reshape(classes, classes).astype(np.float64)
+
+
+def recall(counts: NDArray[np.float64]) -> NDArray[np.float64]:
+    """Return the share of every class's images that were answered rightly, [K]; NaN for a class without images."""
+    images = counts.sum(axis=1)
+    shares: NDArray[np.float64] = np.divide(
+        counts.diagonal(), images, out=np.full(len(images), np.nan), where=images > 0
+    )
+    return shares
+
+
+def _class_spread(run: Record) -> float | None:
+    if run.predictions is None:
+        return None
+    top = int(max(run.predictions.targets.max(), run.predictions.predicted.max())) + 1
+    return float(np.nanstd(recall(confusion(run, top))))
+
+
+def _training_flops(run: Record) -> float | None:
+    """Return the FLOPs of all steps; a batch never holds more images than there are."""
+    per_image = at(run.result, "flops", "training")
+    batch = min([run.spec.batch, *(at(about, "images", "train") or run.spec.batch for about in run.environment)])
+    return None if per_image is None else float(per_image * at(run.result, "steps") * batch)
+
+
+def _seconds(run: Record) -> float:
+    return float(at(run.result, "training_seconds")) + teacher_seconds(run.spec)
+
+
+def _extra(run: Record) -> float:
+    return float(at(run.result, "parameters", "training") - at(run.result, "parameters", "deployed"))
+
+
+_MEASURES: dict[str, Callable[[Record], float | None]] = {
+    "top1": lambda run: at(run.result, "test", "top1"),
+    "top5": lambda run: at(run.result, "test", "top5"),
+    "nll": lambda run: at(run.result, "test", "nll"),
+    "calibration_error": lambda run: at(run.result, "test", "calibration_error"),
+    "class_spread": _class_spread,
+    "corruption_top1": lambda run: at(run.measured, "corruptions", "top1"),
+    "training_seconds": _seconds,
+    "images_per_second": lambda run: at(run.result, "images_per_second"),
+    "peak_memory": lambda run: at(run.result, "peak_memory_bytes"),
+    "training_flops": _training_flops,
+    "extra_parameters": _extra,
+    "deployed_parameters": lambda run: at(run.result, "parameters", "deployed"),
+    "deployed_flops": lambda run: at(run.result, "flops", "deployed"),
+    "latency": lambda run: at(run.measured, "latency", "median_seconds"),
+}
