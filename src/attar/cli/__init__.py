@@ -21,7 +21,7 @@ __all__ = ["COMMANDS", "main"]
 _DOCS = "Make the network you already have more accurate at zero inference cost."
 # Sentence of the help, and the module that holds the function of the command's name.
 COMMANDS = {
-    "demo": ("plain training against ONE on embedded images, in about a minute", "training"),
+    "demo": ("a whole comparison on embedded images, in about a minute", "comparing"),
     "train": ("train a student with one method or several", "training"),
     "compare": ("does it help? methods against tuned baselines, paired over seeds, with a report", "comparing"),
     "report": ("write the report of runs that are there", "comparing"),

@@ -1,4 +1,4 @@
-"""`attar compare`, `report` and `reproduce`: what a method is worth."""
+"""`attar demo`, `compare`, `report` and `reproduce`: what a method is worth."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from attar.compare.analysis import Analysis
     from attar.compare.comparison import Plan
 
-__all__ = ["compare", "report", "reproduce"]
+__all__ = ["compare", "demo", "report", "reproduce"]
 
 _SEEDS = 5
 _CORRUPTED = 1000  # test images on which robustness is measured, unless told otherwise
@@ -70,6 +70,27 @@ def compare(words: list[str]) -> int:
     command = shlex.join(["attar", "compare", *entries, *words])
     analysis = run(plan, home, jobs=given["jobs"], command=command, console=console)
     return _show(analysis, home, console)
+
+
+def demo(words: list[str]) -> int:
+    """Compare ONE with its baselines on embedded digits."""
+    from attar.demo import EPOCHS, SEEDS, demo_plan
+
+    parser = Parser("attar demo", "Plain training, label smoothing and ONE on embedded digits, paired over seeds.")
+    parser.add_argument("--out", default="runs/demo", metavar="FOLDER", help="where runs go (default: runs/demo)")
+    parser.add_argument("--seeds", type=int, default=SEEDS, metavar="N", help=f"runs per entry (default: {SEEDS})")
+    parser.add_argument("--epochs", type=int, default=EPOCHS, metavar="N", help=f"of every run (default: {EPOCHS})")
+    given = parser.read(words)
+    plan, home, console = demo_plan(given["seeds"], given["epochs"]), Path(given["out"]), make_console()
+    from attar.compare.comparison import compare as run
+
+    command = shlex.join(["attar", "demo", *words])
+    code = _show(run(plan, home, command=command, console=console), home, console)
+    folder = plan.cell(home, plan.entries[0], 0).folder / "student"
+    loading = f'import timm\nstudent = timm.create_model("local-dir:{folder}", pretrained=True)'
+    told = f"Every run left its student in {home}, the plain network whatever trained it; timm alone loads one:"
+    console.print(f"\n{told}\n\n{loading}", markup=False, soft_wrap=True)
+    return code
 
 
 def _leading(words: list[str]) -> tuple[list[str], list[str]]:

@@ -1,4 +1,4 @@
-"""`attar demo`, `train` and `evaluate`."""
+"""`attar train` and `evaluate`."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
     from attar.spec import TrainSpec
 
-__all__ = ["demo", "evaluate", "loading", "train"]
+__all__ = ["evaluate", "loading", "train"]
 
 
 def train(words: list[str]) -> int:
@@ -134,22 +134,4 @@ def evaluate(words: list[str]) -> int:
     table = Table("", "images", "top-1", "top-5", "NLL", "calibration error", **PLAIN_TABLE)
     table.add_row(given["split"], *_metric_cells(metrics))
     console.print(table)
-    return 0
-
-
-def demo(words: list[str]) -> int:
-    """Run the demo."""
-    from attar.demo import EPOCHS, SEEDS
-    from attar.demo import demo as run
-
-    parser = Parser("attar demo", "Plain training against ONE on embedded digits, paired over seeds.")
-    parser.add_argument("--out", default="runs/demo", metavar="FOLDER", help="where runs go (default: runs/demo)")
-    parser.add_argument("--seeds", type=int, default=SEEDS, metavar="N", help=f"runs per method (default: {SEEDS})")
-    parser.add_argument("--epochs", type=int, default=EPOCHS, metavar="N", help=f"of every run (default: {EPOCHS})")
-    parser.add_argument("--overwrite", action="store_true", help="begin anew instead of keeping what is there")
-    given = parser.read(words)
-    try:
-        run(Path(given["out"]), given["seeds"], given["epochs"], given["overwrite"], make_console())
-    except KeyboardInterrupt as stopped:
-        raise KeyboardInterrupt("Stopped and saved: run the same command again to go on.") from stopped
     return 0

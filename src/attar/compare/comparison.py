@@ -11,12 +11,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from attar.compare.analysis import Analysis, analyse
-from attar.compare.measure import measure_runs
+from attar.compare.measure import measure_runs, remember
 from attar.compare.protocol import PLAIN, SMOOTHING, Entry, run_folder, smoothed
 from attar.compare.records import read_record
 from attar.compare.report import write_report
-from attar.compare.runner import Cell, context, default_jobs, lock, train_all
-from attar.compare.timing import step_seconds
+from attar.compare.runner import Cell, context, default_jobs, lock, threads_per_run, train_all
+from attar.compare.timing import StepTimes, step_times
 from attar.distiller import Distiller
 from attar.errors import AttarError
 from attar.spec import TrainSpec
@@ -109,19 +109,32 @@ def compare(
     _check(plan)
     with storage_errors(home):
         home.mkdir(parents=True, exist_ok=True)
+    threads = threads_per_run(jobs)
     with lock(home / _KEPT):
-        plan = _settle_epochs(plan, home, jobs, command, console)
+        plan = _settle_epochs(plan, home, threads, jobs, command, console)
     candidates = [plan.cell(home, smoothed(share), plan.seeds[0]) for share in plan.smoothing]
-    rows = (PLAIN, *plan.entries)
-    cells = [*candidates, *(plan.cell(home, entry, seed) for seed in plan.seeds for entry in rows)]
+    cells = [
+        *candidates,
+        *(plan.cell(home, entry, seed) for seed in plan.seeds for entry in (PLAIN, *plan.entries)),
+    ]
     train_all(cells, jobs=jobs, console=console)
     best = max(zip(plan.smoothing, candidates, strict=True), key=lambda pair: _on_holdout(pair[1]))[0]
     tuned = [plan.cell(home, smoothed(best), seed) for seed in plan.seeds[1:]]
     train_all(tuned, jobs=jobs, console=console)
-    folders = [cell.folder for cell in (*cells, *tuned)]
-    with lock(home / "measured"):
-        measure_runs([folder for folder in folders if (folder / "result.json").is_file()], plan.corruptions, console)
-    return _reported(folders, home)
+    cells += tuned
+    finished = [cell for cell in cells if cell.finished]
+    if not finished:
+        reason = read_record(cells[0].folder).failure
+        raise AttarError(f"All {len(cells)} runs failed, the first of them so: {reason}")
+    with lock(home / _KEPT):
+        labels = {cell.label for cell in finished}
+        rows = [entry for entry in (smoothed(best), *plan.entries) if entry.label in labels]
+        costs = _relative_costs(plan, home, rows, threads, console)
+        measure_runs([cell.folder for cell in finished], plan.corruptions, console)
+        for cell in finished:
+            if (cost := costs.get(cell.label, 1.0 if cell.label == PLAIN.label else None)) is not None:
+                remember(cell.folder, step={"relative": cost, "threads": threads})
+    return _reported([cell.folder for cell in cells], home)
 
 
 def _check(plan: Plan) -> None:
@@ -184,62 +197,84 @@ def _on_holdout(cell: Cell) -> tuple[float, float]:
     return held["top1"], -held["nll"]
 
 
-# How many epochs each entry gets. What was measured is kept, so that the same call trains the same runs.
+# What a step costs decides how many epochs an entry gets, when the cost is to be equal or bounded. It is measured once
+# and kept, so that the same call trains the same runs.
 
 
-def _settle_epochs(plan: Plan, home: Path, jobs: int, command: str | None, console: Console) -> Plan:
-    # What was measured for another model, data or batch says nothing here.
-    base = plan.base.model_copy(update={"epochs": 1}).fingerprint()
-    kept = _kept(home)
-    if kept.get("base") != base:
-        kept = {}
-    costs: dict[str, float] = dict(kept.get("relative_cost", {}))
-    budgets: dict[str, int] = dict(kept.get("epochs_for_budget", {}))
-    asked = "none" if plan.budget is None else written_duration(plan.budget)
-    unknown = [entry for entry in plan.entries if entry.label not in costs]
-    notes: list[str] = []
-    if (plan.equal == "cost" and unknown) or (plan.budget is not None and asked not in budgets):
-        console.print(f"Measuring the training step of {len(unknown)} entries against plain training ...")
-        cells = [plan.cell(home, entry, plan.seeds[0]) for entry in (PLAIN, *unknown)]
-        # In a process of its own, whose memory ends with it.
-        with ProcessPoolExecutor(1, mp_context=context()) as pool:
-            seconds, images = pool.submit(step_seconds, [cell.spec for cell in cells], jobs).result()
-        costs |= {cell.label: each / seconds[0] for cell, each in zip(cells, seconds, strict=True)}
-        if plan.budget is not None and asked not in budgets:
-            budgets[asked] = _affordable(plan, costs, seconds[0] * images, jobs)
+def _settle_epochs(plan: Plan, home: Path, threads: int, jobs: int, command: str | None, console: Console) -> Plan:
+    kept, notes = _kept_for(plan, home), []
+    budgets: dict[str, int] = kept.get("epochs_for_budget", {})
     if plan.budget is not None:
+        asked = written_duration(plan.budget)
+        if asked not in budgets:
+            # Even of entries known already: the seconds of one epoch are needed, not the ratios alone.
+            budgets[asked] = _affordable(plan, _measure_steps(plan, home, plan.entries, threads, console), jobs)
         plan = replace(plan, base=plan.base.model_copy(update={"epochs": budgets[asked]}))
         notes.append(f"{budgets[asked]} epochs were chosen for a budget of {asked}.")
     if plan.equal == "cost":
-        epochs = {e.label: max(1, round(plan.base.epochs / costs[e.label])) for e in plan.entries}
+        costs = _relative_costs(plan, home, plan.entries, threads, console)
+        epochs = {entry.label: max(1, round(plan.base.epochs / costs.get(entry.label, 1.0))) for entry in plan.entries}
         plan = replace(plan, epochs=epochs)
         notes.append(
             f"Equal training cost: every entry trained for about as long as plain training for {plan.base.epochs} "
-            "epochs, by the time of its step; teachers are not counted in that."
+            "epochs, by the time of its step; the training of teachers is not counted in that."
         )
-    write_json(
-        home / _KEPT,
-        {
-            "base": base,
-            "order": [entry.label for entry in plan.entries],
-            "seeds": list(plan.seeds),
-            "command": command,
-            "notes": notes,
-            "relative_cost": costs,
-            "epochs_for_budget": budgets,
-        },
+    _keep(
+        plan,
+        home,
+        order=[entry.label for entry in plan.entries],
+        seeds=list(plan.seeds),
+        command=command,
+        notes=notes,
+        epochs_for_budget=budgets,
     )
     return plan
 
 
-def _affordable(plan: Plan, costs: Mapping[str, float], epoch_seconds: float, jobs: int) -> int:
+def _relative_costs(
+    plan: Plan, home: Path, entries: Sequence[Entry], threads: int, console: Console
+) -> dict[str, float]:
+    known: dict[str, float] = _kept_for(plan, home).get("relative_cost", {})
+    unknown = [entry for entry in entries if entry.label not in known]
+    if unknown:
+        _measure_steps(plan, home, unknown, threads, console)
+        known = _kept_for(plan, home)["relative_cost"]
+    return known
+
+
+def _measure_steps(plan: Plan, home: Path, entries: Sequence[Entry], threads: int, console: Console) -> StepTimes:
+    console.print(f"Measuring the training steps of {len(entries)} entries beside the plain one ...", markup=False)
+    specs = {entry.label: plan.cell(home, entry, plan.seeds[0]).spec for entry in entries}
+    # In a process of its own, whose memory ends with it.
+    with ProcessPoolExecutor(1, mp_context=context()) as pool:
+        times = pool.submit(step_times, plan.base, specs, threads).result()
+    _keep(plan, home, relative_cost={**_kept_for(plan, home).get("relative_cost", {}), **times.relative})
+    return times
+
+
+def _kept_for(plan: Plan, home: Path) -> dict[str, Any]:
+    """Return what is kept; what was measured for another model, data or batch says nothing here."""
+    kept = _kept(home)
+    return kept if kept.get("base") == _base(plan) else {}
+
+
+def _keep(plan: Plan, home: Path, **values: Any) -> None:
+    write_json(home / _KEPT, {**_kept_for(plan, home), "base": _base(plan), **values})
+
+
+def _base(plan: Plan) -> str:
+    return plan.base.model_copy(update={"epochs": 1}).fingerprint()
+
+
+def _affordable(plan: Plan, times: StepTimes, jobs: int) -> int:
     """Return the epochs of plain training for which all runs together take the budget."""
     assert plan.budget is not None
-    share = {entry.label: 1.0 if plan.equal == "cost" else costs[entry.label] for entry in plan.entries}
-    runs = len(plan.seeds) * (2 + sum(share.values())) + len(plan.smoothing) - 1
-    epochs = int(plan.budget * jobs / (runs * epoch_seconds))
+    shares = [1.0 if plan.equal == "cost" else times.relative.get(entry.label, 1.0) for entry in plan.entries]
+    runs = len(plan.seeds) * (2 + sum(shares)) + len(plan.smoothing) - 1
+    one_epoch = runs * times.plain_epoch_seconds / jobs
+    epochs = int(plan.budget / one_epoch)
     if epochs < 1:
-        needed = written_duration(runs * epoch_seconds / jobs)
+        needed = written_duration(one_epoch)
         raise AttarError(
             f"One epoch of every run takes about {needed}, more than the budget of {written_duration(plan.budget)}: "
             "give more time, fewer seeds or entries, or a train_limit."

@@ -31,7 +31,7 @@ from attar.train.stopping import Interrupted, StopRequest
 if TYPE_CHECKING:
     from rich.console import Console
 
-__all__ = ["Cell", "context", "default_jobs", "lock", "train_all"]
+__all__ = ["Cell", "context", "default_jobs", "lock", "threads_per_run", "train_all"]
 
 # How a child tells that another process is at its run, and that it was interrupted and has saved itself.
 _BUSY, _INTERRUPTED = 75, 130
@@ -72,6 +72,13 @@ def default_jobs() -> int:
     return torch.cuda.device_count() or os.cpu_count() or 1
 
 
+def threads_per_run(jobs: int) -> int:
+    """Return how many of torch's threads each of several runs at a time gets (OMP_NUM_THREADS bounds them all)."""
+    import torch
+
+    return max(torch.get_num_threads() // jobs, 1)
+
+
 def _gpus() -> list[str]:
     """Return the GPUs of this process by the names that CUDA_VISIBLE_DEVICES knows them by."""
     import torch
@@ -93,8 +100,6 @@ def train_all(cells: Sequence[Cell], *, jobs: int | None = None, console: Consol
 
     A run that fails leaves its reason in its folder (`failure.json`) and the others go on; the next call tries it
     again. Runs that another process is at are waited for.
-
-    torch's threads are shared out among the runs (OMP_NUM_THREADS bounds them as everywhere).
 
     Args:
         cells: the runs; those that come first begin first.
@@ -124,11 +129,9 @@ class _Crew:
     running: dict[int, tuple[ForkServerProcess | SpawnProcess, Cell, int]] = field(default_factory=dict)
 
     def work(self) -> None:
-        import torch
-
         self.began = time.time()
         self.gpus = _gpus()
-        self.threads = max(torch.get_num_threads() // self.jobs, 1)
+        self.threads = threads_per_run(self.jobs)
         self.left = deque(self.cells)
         self.settled = 0
         columns = (
