@@ -64,6 +64,14 @@ def train_all_in_child(cells: list[Cell], jobs: int) -> None:
     train_all(cells, jobs=jobs, console=quiet())
 
 
+def compare_in_child(plan: Any, home: Path) -> None:
+    """What a child with children of its own does: a whole comparison."""
+    from attar.compare.comparison import compare
+
+    torch.set_num_threads(1)
+    compare(plan, home, jobs=1, console=quiet())
+
+
 def train_in_child(spec: TrainSpec, folder: Path) -> None:
     """What a child does: train; leave with 130 when interrupted."""
     torch.set_num_threads(1)

@@ -11,9 +11,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from attar.compare.analysis import Analysis, analyse
-from attar.compare.measure import measure_runs, remember
+from attar.compare.measure import measure_runs
 from attar.compare.protocol import PLAIN, SMOOTHING, Entry, run_folder, smoothed
-from attar.compare.records import read_record
+from attar.compare.records import Record, read_record, read_records, remember
 from attar.compare.report import write_report
 from attar.compare.runner import Cell, context, default_jobs, lock, threads_per_run, train_all
 from attar.compare.timing import StepTimes, step_times
@@ -134,7 +134,7 @@ def compare(
         for cell in finished:
             if (cost := costs.get(cell.label, 1.0 if cell.label == PLAIN.label else None)) is not None:
                 remember(cell.folder, step={"relative": cost, "threads": threads})
-    return _reported([cell.folder for cell in cells], home)
+    return _reported([read_record(folder) for folder in dict.fromkeys(cell.folder for cell in cells)], home, home)
 
 
 def _check(plan: Plan) -> None:
@@ -156,21 +156,12 @@ def report(paths: Sequence[Path], out: Path) -> Analysis:
     Raises:
         AttarError: runs that are not of one comparison, or none that is finished.
     """
-    folders = [path for each in paths for path in ([each] if (each / "spec.json").is_file() else _runs_in(each))]
-    home = paths[0] if len(paths) == 1 and (paths[0] / _KEPT).is_file() else None
-    return _reported(folders, out, home)
+    home = paths[0] if len(paths) == 1 and (paths[0] / _KEPT).is_file() else out
+    return _reported(read_records(paths), out, home)
 
 
-def _runs_in(folder: Path) -> list[Path]:
-    inside = sorted(spec.parent for spec in folder.glob("*/spec.json"))
-    if not inside:
-        raise AttarError(f"'{folder}' is no run folder and holds none: give what attar train or compare wrote.")
-    return inside
-
-
-def _reported(folders: Sequence[Path], out: Path, home: Path | None = None) -> Analysis:
-    kept = _kept(home or out)
-    records = [read_record(folder) for folder in dict.fromkeys(folders) if (folder / "spec.json").is_file()]
+def _reported(records: Sequence[Record], out: Path, home: Path) -> Analysis:
+    kept = _kept(home)
     analysis = analyse(
         records,
         order=kept.get("order", ()),

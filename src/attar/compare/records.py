@@ -10,10 +10,10 @@ from typing import Any
 
 from attar.errors import AttarError
 from attar.spec import TrainSpec
-from attar.train.files import read_json
+from attar.train.files import read_json, write_json
 from attar.train.predictions import Predictions
 
-__all__ = ["FAILURE", "MEASURED", "Record", "read_record", "read_records"]
+__all__ = ["FAILURE", "MEASURED", "Record", "measured", "read_record", "read_records", "remember"]
 
 # What a comparison adds to the run folders, beside what training leaves there.
 FAILURE, MEASURED = "failure.json", "measured.json"
@@ -29,7 +29,7 @@ class Record:
         result: `result.json`; None while the run is not finished.
         epochs: the lines of its history that end an epoch.
         predictions: the student's answers for the test images; None while the run is not finished.
-        measured: what was measured on the student afterwards: `latency`, `corruptions`.
+        measured: what was measured on the student afterwards: `latency`, `step`, `corruptions`.
         environment: one entry for each time the run was started.
         failure: why it ended without a result, in a sentence.
     """
@@ -75,10 +75,22 @@ def read_record(folder: Path) -> Record:
         read_json(folder / "result.json") if finished else None,
         _epochs(folder / "metrics.jsonl"),
         Predictions.load(folder / "predictions.npz") if finished else None,
-        _optional(folder / MEASURED, {}),
+        measured(folder),
         tuple(_optional(folder / "environment.json", [])),
         None if finished else _optional(folder / FAILURE, {}).get("reason"),
     )
+
+
+def measured(folder: Path) -> dict[str, Any]:
+    """Return what was measured on a run's student."""
+    found = _optional(folder / MEASURED, {})
+    assert isinstance(found, dict)
+    return found
+
+
+def remember(folder: Path, **values: Any) -> None:
+    """Keep something measured in the run's folder; what else is there stays."""
+    write_json(folder / MEASURED, {**measured(folder), **values})
 
 
 def _optional(path: Path, default: Any) -> Any:
