@@ -44,6 +44,7 @@ _VARIABLES = {
     **{colour: f"var(--series-{i})" for i, colour in enumerate(_SERIES, 1)},
 }
 _TONES = {"good": _GOOD, "bad": _BAD, "none": _MUTED, "open": _MUTED}
+_CLOCK = (("days", 86400), ("hours", 3600), ("minutes", 60))
 _WIDTH, _TEXT, _SMALL = 360, 11.5, 10.5
 
 
@@ -117,7 +118,7 @@ def accuracy(analysis: Analysis) -> Drawing | None:
     best = max(done, key=lambda row: row.mean)
     finding = f"Mean {column.title} of {len(done)} entries; the highest is {best.label} with {best.text}."
     plain = next((e.figures[column.key].mean for e in analysis.entries if e.role == "plain" and e.seeds), None)
-    return _rows("accuracy", rows, plain, lambda value: written(value, column.kind), finding)
+    return _rows("accuracy", rows, plain, lambda value: f"{100 * value:.4g} %", finding)
 
 
 def differences(analysis: Analysis, baseline: str) -> Drawing | None:
@@ -131,7 +132,7 @@ def differences(analysis: Analysis, baseline: str) -> Drawing | None:
         rows.append(
             _Row(
                 entry.label,
-                f"{points(contrast.mean)} {verdict.word}",
+                f"{points(contrast.mean)} {verdict.word if baseline == 'plain' else verdict.rival}",
                 contrast.mean,
                 contrast.low,
                 contrast.high,
@@ -143,9 +144,8 @@ def differences(analysis: Analysis, baseline: str) -> Drawing | None:
     if not rows:
         return None
     name = "plain training" if baseline == "plain" else "label smoothing"
-    counts = {word: sum(row.text.endswith(word) for row in rows) for word in ("helps", "hurts", "no evidence")}
-    told = ", ".join(f"{word}: {count}" for word, count in counts.items() if count)
-    finding = f"Paired differences of test top-1 to {name} for {len(rows)} entries; {told}."
+    told = "; ".join(f"{row.label} {row.text}" for row in rows[:12]) + ("; ..." if len(rows) > 12 else "")
+    finding = f"Paired differences of test top-1 to {name} in points. {told}."
     return _rows(f"differences-{baseline}", rows, 0.0, lambda value: points(value, 1), finding)
 
 
@@ -156,24 +156,26 @@ def _rows(name: str, rows: Sequence[_Row], zero: float | None, tick: Callable[[f
         axes = _axes(figure, 8, bottom, _WIDTH - 16, step * len(rows))
         axes.set_ylim(len(rows), 0)
         edge = axes.get_yaxis_transform()
+        about: dict[str, Any] = {"transform": edge, "color": _INK, "size": _TEXT}
         for i, row in enumerate(rows):
             # The label has a line of its own above the whisker: long names and a narrow screen leave no other place.
-            axes.text(0, i + 0.36, shortened(row.label, 40), transform=edge, color=_INK, size=_TEXT)
-            axes.text(1, i + 0.36, row.text, transform=edge, color=_INK, size=_TEXT, ha="right", weight="bold")
+            axes.text(0, i + 0.36, shortened(row.label, 50 - int(1.2 * len(row.text))), **about)
+            axes.text(1, i + 0.36, row.text, ha="right", weight="bold" if row.values else "normal", **about)
             if i:
                 axes.plot([0, 1], [i, i], transform=edge, color=_LINE, lw=0.6)
             if not math.isfinite(row.mean):
                 continue
-            y = i + 0.62
+            if zero is not None:
+                # Not one line through all rows: it would strike the labels out.
+                axes.plot([zero, zero], [i + 0.45, i + 0.92], color=_INK, lw=0.9, dashes=(2.5, 1.5))
+            y = i + 0.6
             if math.isfinite(row.shade) and row.shade > 0:
                 axes.plot([-row.shade, row.shade], [y, y], color=_LINE, lw=7, alpha=0.75, solid_capstyle="butt")
             axes.plot([row.low, row.high], [y, y], color=row.colour, lw=2, solid_capstyle="butt")
             for end in (row.low, row.high):
                 axes.plot([end, end], [y - 0.075, y + 0.075], color=row.colour, lw=2)
             axes.plot([row.mean], [y], "o", color=row.colour, ms=6.5, mec=_PAPER, mew=1)
-            axes.plot(row.values, [y + 0.21] * len(row.values), "o", color="none", ms=3.6, mec=_MUTED, mew=0.9)
-        if zero is not None and math.isfinite(zero):
-            axes.axvline(zero, color=_INK, lw=0.9, dashes=(3, 2), zorder=0.5)
+            axes.plot(row.values, [y + 0.2] * len(row.values), "o", color="none", ms=3.6, mec=_MUTED, mew=0.9)
         numbers = [x for row in rows for x in (row.low, row.high, *row.values) if math.isfinite(x)]
         # Shades may be far longer than anything measured; they need not be seen whole.
         low, high = min([*numbers, *([zero] if zero is not None else [])]), max([*numbers, *([zero] if zero else [])])
@@ -193,8 +195,10 @@ def costs(analysis: Analysis) -> Drawing | None:
     quality, cost = accuracy_column(analysis), cost_column(analysis)
     if quality is None or cost is None:
         return None
+    longest = max((entry.figures[cost.key].mean for entry in analysis.entries if cost.key in entry.figures), default=0)
+    unit, second = next(((unit, size) for unit, size in _CLOCK if longest >= 2 * size), ("seconds", 1))
     dots = [
-        (entry, entry.figures[cost.key].mean, entry.figures[quality.key])
+        (entry, entry.figures[cost.key].mean / second, entry.figures[quality.key])
         for entry in analysis.entries
         if quality.key in entry.figures and cost.key in entry.figures
     ]
@@ -203,11 +207,11 @@ def costs(analysis: Analysis) -> Drawing | None:
     best = max(dots, key=lambda dot: dot[2].mean)
     finding = (
         f"{quality.title} against training time: {best[0].label} is highest with "
-        f"{written(best[2].mean, quality.kind)} after {written(best[1], cost.kind)}."
+        f"{written(best[2].mean, quality.kind)} after {written(best[1] * second, cost.kind)}."
     )
     dots.sort(key=lambda dot: -dot[2].mean)
     gap, left, bottom, top, names = 17, 40, 40, 22, 138
-    inner = max(210, gap * len(dots))
+    inner = max(gap * len(dots), min(300, max(210, 40 * len(analysis.entries) - 40)))
     height, width = inner + top + bottom, _WIDTH - left - names
     with _drawing("costs", _WIDTH, height, finding) as (figure, out):
         axes = _axes(figure, left, bottom, width, inner)
@@ -240,14 +244,15 @@ def costs(analysis: Analysis) -> Drawing | None:
             )
             axes.plot([seconds, seconds], [low, high], color=hue, lw=1.6, solid_capstyle="butt")
             axes.plot([seconds], [mean], "o", color=hue, ms=7, mec=_PAPER, mew=1)
-        _ticks(axes.yaxis, 5, lambda value: f"{100 * value:.3g}" if quality.kind == "share" else f"{value:.3g}")
+        _ticks(axes.yaxis, 5, lambda value: f"{100 * value:.4g}")
         if axes.get_xscale() == "linear":
-            _ticks(axes.xaxis, 3, _clock)
-        unit = " (%)" if quality.kind == "share" else ""
+            _ticks(axes.xaxis, 4, lambda value: f"{value:.3g}")
         axes.text(
-            -left + 4, inner + 9, f"{quality.title}{unit}", transform=_units(figure, axes), size=_SMALL, color=_MUTED
+            -left + 4, inner + 9, f"{quality.title} (%)", transform=_units(figure, axes), size=_SMALL, color=_MUTED
         )
-        axes.text(width, -33, cost.title, transform=_units(figure, axes), size=_SMALL, color=_MUTED, ha="right")
+        axes.text(
+            width, -33, f"{cost.title} ({unit})", transform=_units(figure, axes), size=_SMALL, color=_MUTED, ha="right"
+        )
     return out[0]
 
 
@@ -261,13 +266,6 @@ def _apart(wanted: Sequence[float], gap: float, whole: float) -> list[float]:
         places[i] = max(places[i], floor)
         floor = places[i] + gap
     return places
-
-
-def _clock(seconds: float) -> str:
-    for unit, size in (("d", 86400), ("h", 3600), ("min", 60)):
-        if seconds >= 1.5 * size:
-            return f"{seconds / size:.3g} {unit}"
-    return f"{seconds:.3g} s" if seconds else "0"
 
 
 # Learning curves -----------------------------------------------------------------------------------------------------
@@ -336,9 +334,9 @@ def confusion(label: str, change: np.ndarray[Any, Any], classes: Sequence[str], 
     )
     size = 9.5 if count <= 16 else 7.5
     names = [shortened(name, 9) for name in classes]
-    left = 8 + 0.6 * size * max(map(len, names))
-    top = 14 + (left - 4 if max(map(len, names)) > 2 else 10)
-    inner = _WIDTH - left - 4
+    left = max(54.0, 8 + 0.6 * size * max(map(len, names)))
+    top = max(30.0, 8 + 0.6 * size * max(map(len, names)) if max(map(len, names)) > 2 else 0.0)
+    inner = min(_WIDTH - left - 4, 52.0 * count)
     with _drawing(f"confusion-{index}", _WIDTH, inner + top + 4, finding) as (figure, out):
         from matplotlib.collections import PolyCollection
         from matplotlib.colors import to_rgba
@@ -373,10 +371,8 @@ def confusion(label: str, change: np.ndarray[Any, Any], classes: Sequence[str], 
             )
         axes.set_xticks([])
         axes.set_yticks([])
-        axes.text(
-            left + inner, inner + top - 4, "answered →", transform=_units(figure), size=9, color=_MUTED, ha="right"
-        )
-        axes.text(2, inner + 10, "true ↓", transform=_units(figure), size=9, color=_MUTED)
+        for text, line in (("answered →", 22), ("true ↓", 10)):
+            axes.text(1, inner + line, text, transform=_units(figure), size=9, color=_MUTED)
     return out[0]
 
 

@@ -6,6 +6,7 @@ import base64
 import hashlib
 import json
 import math
+import re
 from itertools import groupby
 from pathlib import Path
 from typing import Any
@@ -22,8 +23,8 @@ __all__ = ["html_text", "write_report"]
 # Up to so many classes a heat map can be read on a phone; up to the second, its numbers; up to the third, every class
 # has a row.
 _MAPPED, _NUMBERED, _ALL_CLASSES = 30, 12, 30
-# So many confusion changes lie open; the others are folded.
-_OPEN = 6
+# So many confusion changes lie open; the others are folded. With more methods than the second, their sentences are.
+_OPEN, _FOLDED = 4, 8
 _PAIRS, _CLASSES = 8, 20
 _ORDER = {"good": 0, "none": 1, "bad": 2, "open": 3}
 
@@ -68,6 +69,9 @@ def html_text(analysis: Analysis) -> str:
         points=tables.points,
         probability=tables.probability,
         value=_value,
+        shortened=figures.shortened,
+        typeset=_typeset,
+        breakable=_breakable,
         svg=lambda drawing: Markup(drawing.svg),
     )
     script, style = (_inlined(environment, name) for name in ("report.js", "report.css"))
@@ -88,13 +92,29 @@ def html_text(analysis: Analysis) -> str:
         differences=_differences(analysis),
         confusions=_confusions(analysis),
         open_confusions=_OPEN,
+        folded=_FOLDED,
         classes=_classes(analysis),
+        attached=[entry for entry in analysis.entries if entry.attached or any(entry.options.values())],
+        nothing=[entry.label for entry in analysis.entries if not entry.attached and not any(entry.options.values())],
     )
 
 
 def _inlined(environment: Any, name: str) -> str:
     source: str = environment.loader.get_source(environment, name)[0]
     return source.strip()
+
+
+def _breakable(text: str) -> Any:
+    """Let a long name end a line where its parts end."""
+    from markupsafe import Markup
+
+    return Markup("<wbr>").join(re.split(r"(?<=[+,=(_])", text))
+
+
+def _typeset(sentence: str) -> str:
+    """Keep numbers with their signs and units on one line."""
+    signed = re.sub(r"(?<![\w.,)\]-])-(?=\d)", "−", sentence)
+    return re.sub(r" (?=%|points\b)|(?<=\bp) (?=[=<])|(?<=[=<]) (?=\d)", "\u00a0", signed)
 
 
 def _value(value: Any) -> str:

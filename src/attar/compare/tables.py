@@ -26,7 +26,6 @@ __all__ = [
     "accuracy_column",
     "answer",
     "confusion_change",
-    "contrast_text",
     "cost_column",
     "csv_text",
     "failures",
@@ -167,12 +166,14 @@ class Verdict:
     """A difference in a word.
 
     Attributes:
-        word: `helps`, `hurts`, `no evidence` or `not judged`.
+        word: against plain training: `helps`, `hurts`, `no evidence` or `not judged`.
+        rival: against another way of training: `better`, `worse`, `no evidence` or `not judged`.
         symbol: the word as a sign.
         tone: `good`, `bad`, `none` or `open`.
     """
 
     word: str
+    rival: str
     symbol: str
     tone: str
 
@@ -180,10 +181,12 @@ class Verdict:
 def judged(contrast: Contrast | None) -> Verdict:
     """Say in a word what a difference is evidence of, at 5 % after Holm's correction."""
     if contrast is None or not math.isfinite(contrast.p_corrected):
-        return Verdict("not judged", "?", "open")
+        return Verdict("not judged", "not judged", "?", "open")
     if contrast.p_corrected >= ALPHA or contrast.mean == 0:
-        return Verdict("no evidence", "≈", "none")
-    return Verdict("helps", "▲", "good") if contrast.mean > 0 else Verdict("hurts", "▼", "bad")
+        return Verdict("no evidence", "no evidence", "≈", "none")
+    if contrast.mean > 0:
+        return Verdict("helps", "better", "▲", "good")
+    return Verdict("hurts", "worse", "▼", "bad")
 
 
 def verdict_lines(analysis: Analysis) -> list[str]:
@@ -341,7 +344,8 @@ def markdown_text(analysis: Analysis) -> str:
     lines += [_row(heads), _row(["---", *["---:"] * (len(heads) - 1)])]
     for entry in analysis.entries:
         figures = [summary_text(entry.figures.get(column.key), column.kind) for column in analysis.columns]
-        differences = [contrast_text(entry.against_plain), contrast_text(entry.against_smoothing)]
+        plain, smoothing = judged(entry.against_plain).word, judged(entry.against_smoothing).rival
+        differences = [_difference(entry.against_plain, plain), _difference(entry.against_smoothing, smoothing)]
         lines.append(_row([_safe(entry.label), seeds_done(entry), *differences, *figures]))
     missing = [f"- {_safe(entry.label)}. {_safe(line)}" for entry in analysis.entries for line in failures(entry)]
     if missing:
@@ -352,12 +356,12 @@ def markdown_text(analysis: Analysis) -> str:
     return "\n".join([*lines, "", "Reproduce:", "", f"{fence}bash", analysis.reproduce, fence, ""])
 
 
-def contrast_text(contrast: Contrast | None) -> str:
+def _difference(contrast: Contrast | None, word: str = "") -> str:
     """Write a paired difference in one cell: `+0.84 ± 0.35 (helps)`."""
     if contrast is None:
         return DASH
-    half = (contrast.high - contrast.low) / 2
-    return f"{points(contrast.mean)} ± {100 * half:.2f} ({judged(contrast).word})"
+    text = f"{points(contrast.mean)} ± {100 * (contrast.high - contrast.low) / 2:.2f}"
+    return f"{text} ({word})" if word else text
 
 
 def _row(cells: list[str]) -> str:
@@ -393,8 +397,8 @@ def terminal_table(analysis: Analysis) -> Table:
         cells = [
             seeds_done(entry),
             _cell(entry, accuracy),
-            _short_contrast(contrast),
-            _short_contrast(entry.against_smoothing),
+            _difference(contrast),
+            _difference(entry.against_smoothing),
             probability(contrast),
             written(entry.figures[cost.key].mean, cost.kind) if cost and cost.key in entry.figures else DASH,
         ]
@@ -405,12 +409,6 @@ def terminal_table(analysis: Analysis) -> Table:
 
 def _cell(entry: EntryAnalysis, column: Column | None) -> str:
     return DASH if column is None else summary_text(entry.figures.get(column.key), column.kind)
-
-
-def _short_contrast(contrast: Contrast | None) -> str:
-    if contrast is None:
-        return DASH
-    return f"{points(contrast.mean)} ± {100 * (contrast.high - contrast.low) / 2:.2f}"
 
 
 # Used by the figures and the page ------------------------------------------------------------------------------------
