@@ -40,8 +40,11 @@ _NETWORKS: dict[str, Callable[..., CifarNet]] = {
     "cifar_resnet56": partial(cifar_resnet, 56),
     "cifar_resnet110": partial(cifar_resnet, 110),
     # ONE's code: a bottleneck wherever the paper has a basic block, so these have more layers than their names say.
+    "cifar_resnet20_bottleneck": partial(cifar_resnet, 20, bottleneck=True),
     "cifar_resnet44_bottleneck": partial(cifar_resnet, 44, bottleneck=True),
     "cifar_resnet56_bottleneck": partial(cifar_resnet, 56, bottleneck=True),
+    # "ResNet-110" of OKDDip and PCL: 12 bottlenecks per stage, which do make 110 layers.
+    "cifar_resnet74_bottleneck": partial(cifar_resnet, 74, bottleneck=True),
     "cifar_resnet110_bottleneck": partial(cifar_resnet, 110, bottleneck=True),
     "cifar_resnet18": partial(CifarResNet, (2, 2, 2, 2), (64, 128, 256, 512)),
     "cifar_resnet50": partial(CifarResNet, (3, 4, 6, 3), (64, 128, 256, 512), bottleneck=True),

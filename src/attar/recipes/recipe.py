@@ -1,0 +1,104 @@
+"""A recipe: one row of a paper's table as a run that anyone can start, with the number that was published for it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from attar.compare.protocol import label_of
+from attar.methods import available
+from attar.spec import TrainSpec
+
+__all__ = [
+    "CLASSES",
+    "FROM_MEMORY",
+    "IMAGENET",
+    "NOTES",
+    "UNITS",
+    "Metric",
+    "Published",
+    "Recipe",
+    "methods_of",
+    "missing_methods",
+    "runs_of",
+]
+
+Metric = Literal["top-1 error", "top-1 accuracy", "parameters", "FLOPs"]
+UNITS: dict[Metric, str] = {"top-1 error": "%", "top-1 accuracy": "%", "parameters": "M", "FLOPs": "1e8 an image"}
+
+# How a figure is known, where several recipes say the same.
+FROM_MEMORY = "from memory, unverified"
+NOTES = "third-party notes"
+
+# ImageNet has no name under which it could be downloaded: the user says where it is.
+IMAGENET = "imagenet"
+CLASSES = {"cifar10": 10, "cifar100": 100, "svhn": 10, IMAGENET: 1000}
+
+
+@dataclass(frozen=True)
+class Published:
+    """One published figure.
+
+    Attributes:
+        run: which of the recipe's runs it is about: the label of a key of `runs_of`.
+        value: in the unit of the metric.
+        known: how it is known; nobody should trust a figure further than this.
+        metric: of the test images; "FLOPs" are those of the deployed network, twice the multiply-adds.
+        network: "student", or another network that the run yields, as `result.json` calls it ("ONE.ensemble").
+        table: where it stands, if not in the recipe's table.
+        spread: what was printed after +-.
+    """
+
+    run: str
+    value: float
+    known: str
+    metric: Metric = "top-1 error"
+    network: str = "student"
+    table: str | None = None
+    spread: float | None = None
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """One row of a paper's table.
+
+    Attributes:
+        name: of the function that returns it, and on the command line.
+        title: what is trained on what, in a line.
+        paper: short citation.
+        table: where the row stands in the paper.
+        spec: the row's own run, with seed 0.
+        beside: what is trained for comparison, plain training mostly.
+        teacher: what is trained first (seed 0) and given to the methods that want a teacher.
+        published: the figures.
+        notes: what is unknown, what differs from the paper and what cannot be trained here.
+        scale: "small" for what `small` made of it.
+    """
+
+    name: str
+    title: str
+    paper: str
+    table: str
+    spec: TrainSpec
+    published: tuple[Published, ...]
+    beside: tuple[TrainSpec, ...] = ()
+    teacher: TrainSpec | None = None
+    notes: tuple[str, ...] = ()
+    scale: Literal["full", "small"] = "full"
+
+
+def runs_of(recipe: Recipe) -> dict[str, TrainSpec]:
+    """Return what a recipe trains by label, in the order of its table: teacher, comparison, the row itself."""
+    runs = {} if recipe.teacher is None else {"teacher": recipe.teacher}
+    return runs | {label_of(spec.methods): spec for spec in (*recipe.beside, recipe.spec)}
+
+
+def methods_of(recipe: Recipe) -> tuple[str, ...]:
+    """Return the names of the methods that a recipe's own run is trained with."""
+    return tuple(method.name for method in recipe.spec.methods)
+
+
+def missing_methods(recipe: Recipe) -> tuple[str, ...]:
+    """Return the methods that any run of a recipe needs and attar does not have."""
+    needed = [method.name for spec in runs_of(recipe).values() for method in spec.methods]
+    return tuple(name for name in dict.fromkeys(needed) if name not in available())
