@@ -169,5 +169,43 @@ def _show(analysis: Analysis, home: Path, console: Console) -> int:
 
 
 def reproduce(words: list[str]) -> int:
-    """Run a recipe and put the published numbers beside the measured ones."""
-    raise AttarError("not here yet")
+    """Run a recipe and put the published numbers beside the measured ones; exit code 1 if any run failed."""
+    parser = Parser(
+        "attar reproduce",
+        "Run one row of a paper's table and put the published numbers beside the measured ones; without a name, list\n"
+        "the rows. Rows that share runs share them in one folder, and what is finished is not trained again.",
+        usage="attar reproduce [NAME] [options]",
+    )
+    parser.add_argument("name", nargs="?", metavar="NAME", help="row to run, for example one_resnet32_cifar100")
+    parser.add_argument(
+        "--scale",
+        choices=["full", "small"],
+        default="full",
+        metavar="{full,small}",
+        help="small shows in seconds that the row runs, on digits; its numbers are comparable with nothing",
+    )
+    parser.add_argument("--data", metavar="TEXT", help="your own copy of the row's images, for example parquet:DIR")
+    parser.add_argument("--seeds", type=int, default=1, metavar="N", help="runs of each kind (default: 1)")
+    parser.add_argument("--jobs", type=int, metavar="N", help="runs at a time (default: one per GPU, else processor)")
+    parser.add_argument("--out", metavar="FOLDER", help="where runs go (default: runs/reproduce, runs/reproduce-small)")
+    given = parser.read(words)
+    from attar.recipes import find, recipe_table
+    from attar.recipes import reproduce as run
+
+    console = make_console()
+    if given["name"] is None:
+        console.print(recipe_table())
+        console.print("\nattar reproduce NAME runs one; --scale small shows in seconds that it runs.")
+        return 0
+    scale = given["scale"]
+    out = Path(given["out"] or ("runs/reproduce" if scale == "full" else "runs/reproduce-small"))
+    answer = run(
+        find(given["name"]),
+        scale=scale,
+        out=out,
+        data=given["data"],
+        seeds=given["seeds"],
+        jobs=given["jobs"],
+        console=console,
+    )
+    return 0 if answer.complete else 1
