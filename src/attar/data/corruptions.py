@@ -175,7 +175,7 @@ _CORRUPTIONS: dict[str, tuple[tuple[float, float, float, float, float], Corrupti
     "zoom_blur": ((0.08, 0.14, 0.20, 0.27, 0.35), _zoom_blur),
     "brightness": ((0.1, 0.2, 0.3, 0.4, 0.5), _brightness),
     "contrast": ((0.4, 0.55, 0.7, 0.8, 0.9), _contrast),
-    "elastic": ((0.015, 0.025, 0.04, 0.055, 0.075), _elastic),
+    "elastic": ((0.01, 0.018, 0.028, 0.038, 0.05), _elastic),
     "pixelate": ((0.15, 0.35, 0.5, 0.65, 0.78), _pixelate),
     "jpeg": ((50.0, 70.0, 82.0, 90.0, 94.0), _jpeg),
 }
