@@ -84,7 +84,7 @@ def test_a_recipe_is_whole(name):
         assert parse(TrainSpec, spec.model_dump()) == spec
         assert spec.seed == 0
         assert spec.data == recipe.spec.data
-        assert spec.augment is None or spec.augment in AUGMENTATIONS
+        assert spec.augment in AUGMENTATIONS
     for figure in recipe.published:
         assert figure.known
         if figure.metric.startswith("top-1"):

@@ -10,6 +10,7 @@ from pathlib import Path
 from statistics import fmean, stdev
 from typing import Any
 
+import pyarrow.parquet as pq
 import pytest
 from rich.console import Console
 from scipy import stats
@@ -195,6 +196,28 @@ def test_data_of_ones_own(tmp_path, monkeypatch):
     answer = recipes.reproduce(recipe, out=tmp_path, data="digits", jobs=JOBS, console=screen())
     assert results(answer, "plain")[0]["data"] == "digits"
     assert answer.complete
+
+
+def test_a_recipe_on_a_copy_of_cifar10(tmp_path, monkeypatch):
+    """The row's settings on some real images, but for a network and an epoch that a processor can do."""
+    data = Path(os.environ.get("ATTAR_DATA", Path(__file__).parents[2] / "../shared/data")) / "cifar10"
+    if not data.is_dir():
+        pytest.skip(f"no CIFAR-10 at {data}: set ATTAR_DATA")
+    monkeypatch.setenv("ATTAR_CACHE", str(tmp_path / "cache"))
+    copy = tmp_path / "copy"
+    copy.mkdir()
+    for split, images in (("train", 600), ("test", 300)):
+        pq.write_table(pq.read_table(data / f"{split}.parquet").slice(0, images), copy / f"{split}.parquet")
+    recipe = recipes.find("one_resnet32_cifar10")
+    tiny = {"model": "cifar_resnet20", "model_options": {"width": 0.125}, "epochs": 1}
+    spec, plain = (each.model_copy(update=tiny) for each in (recipe.spec, *recipe.beside))
+    recipe = dataclasses.replace(recipe, spec=spec, beside=(plain,))
+    answer = recipes.reproduce(recipe, out=tmp_path / "runs", data=f"parquet:{copy}", jobs=JOBS, console=screen())
+    assert answer.complete, answer.failures
+    (result,) = results(answer, "ONE")
+    assert (result["test"]["images"], result["holdout"]["images"]) == (300, 12)
+    figure = next(f for f in answer.figures if f.run == "ONE" and f.network == "student")
+    assert figure.difference == pytest.approx(100 * (1 - result["test"]["top1"]) - 5.99)
 
 
 @pytest.mark.parametrize(

@@ -101,11 +101,11 @@ _OF_SET = {
 
 def _run(model: str, data: str, *methods: MethodSpec, **fields: Any) -> TrainSpec:
     """One run by the settings of ONE's scripts; on SVHN and ImageNet as far as the paper is remembered."""
-    settings: dict[str, Any] = {"epochs": 300, "holdout": 0.02}
+    settings: dict[str, Any] = {"epochs": 300, "holdout": 0.02, "augment": "crop-flip"}
     if data == "svhn":
         settings = {"epochs": 40, "holdout": 0.02, "augment": "none"}
     elif data == IMAGENET:
-        settings = {"epochs": 90, "holdout": 0.01, "image_size": 224}
+        settings = {"epochs": 90, "holdout": 0.01, "augment": "crop-flip", "image_size": 224}
     common: dict[str, Any] = {
         "batch": 128,
         "lr": 0.1,

@@ -15,6 +15,7 @@ def _run(*methods: MethodSpec) -> TrainSpec:
         "methods": methods,
         "model": "cifar_resnet18",
         "data": "cifar100",
+        "augment": "crop-flip",
         "holdout": 0.02,
         "epochs": 200,
         "batch": 128,
