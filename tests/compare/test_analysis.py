@@ -18,7 +18,7 @@ from scipy import stats
 from attar.compare.analysis import COLUMNS, Analysis, EntryAnalysis, Failure, analyse
 from attar.compare.protocol import label_of, read_entry
 from attar.compare.records import Record, read_record, read_records
-from attar.compare.reproduce import command
+from attar.compare.command import command
 from attar.errors import AttarError
 from attar.options import Parser, values_of
 from attar.spec import TrainSpec, parse

@@ -104,7 +104,7 @@ def test_report_from_run_folders_alone(compared: tuple[Path, Plan, Analysis], tm
     home, _, analysis = compared
     chosen = [Path(folder) for entry in analysis.entries[:3] for folder in entry.folders]
     assert figures(report(chosen, tmp_path / "some")).keys() == {entry.label for entry in analysis.entries[:3]}
-    assert (tmp_path / "some/report.html").read_text().startswith("<!doctype html>")
+    assert (tmp_path / "some/report.html").read_text().startswith("<!DOCTYPE html>")
     assert main(["report", str(home), "--out", str(tmp_path / "all")]) == 0
     assert (tmp_path / "all/report.csv").is_file()
 
@@ -138,16 +138,16 @@ def test_two_processes_share_one_comparison(tmp_path: Path) -> None:
 def test_a_method_that_produces_nan_is_explained_and_the_rest_complete(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    words = ["compare", "ONE(temperature=1e-30)", "ONE", "--seeds", "2", "--smoothing", "0.1", "--out", str(tmp_path)]
+    words = ["compare", "ONE(temperature=1e30)", "ONE", "--seeds", "2", "--smoothing", "0.1", "--out", str(tmp_path)]
     words += ["--model", "cifar_resnet20", "--model-options", "width=0.25", "--data", "digits"]
     words += ["--train-limit", "128", "--epochs", "1", "--batch", "32", "--precision", "fp32"]
     assert main(words) == 1
     out = capsys.readouterr().out
-    assert "ONE(temperature=1e-30), seed 0: Term ONE.kl became NaN or infinite at step" in out
+    assert "ONE(temperature=1e+30), seed 0: Term ONE.kl became NaN or infinite at step" in out
     with (tmp_path / "report.json").open() as file:
         entries = {entry["label"]: entry for entry in json.load(file)["entries"]}
     assert len(entries["ONE"]["seeds"]) == 2
-    assert len(entries["ONE(temperature=1e-30)"]["failures"]) == 2
+    assert len(entries["ONE(temperature=1e+30)"]["failures"]) == 2
     assert "became NaN" in (tmp_path / "report.html").read_text()
     assert "became NaN" in (tmp_path / "report.md").read_text()
     with (tmp_path / "report.csv").open() as file:

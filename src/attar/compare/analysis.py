@@ -12,9 +12,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from attar.compare.columns import COLUMNS, Column, at, confusion, figures, recall
+from attar.compare.command import command
 from attar.compare.groups import chosen, finished, grouped, smoothing, tuning
 from attar.compare.records import Record
-from attar.compare.reproduce import command
 from attar.compare.statistics import Contrast, Summary, contrasts, verdict
 from attar.compare.teachers import resolved, teacher_seconds, teachers
 from attar.train.files import read_json
@@ -282,7 +282,8 @@ def _entry(
 
 def _scored(name: str, top1: Summary) -> str:
     n = len(top1.values)
-    said = f"95 % interval {100 * top1.low:.2f} to {100 * top1.high:.2f}, {n} seeds" if n > 1 else "1 seed"
+    low, high = (100 * min(max(end, 0.0), 1.0) for end in (top1.low, top1.high))
+    said = f"95 % interval {low:.2f} to {high:.2f}, {n} seeds" if n > 1 else "1 seed"
     name = "plain training" if name == "plain" else name
     return f"{name[0].upper()}{name[1:]} scores {100 * top1.mean:.2f} % of test top-1 ({said})."
 

@@ -92,6 +92,14 @@ COLUMNS = (
         "training",
     ),
     Column(
+        "step",
+        "Step time",
+        "number",
+        "low",
+        "Time of one training step in times of plain training's, the two measured in turn in one process.",
+        "training",
+    ),
+    Column(
         "images_per_second",
         "Images/s",
         "rate",
@@ -207,6 +215,7 @@ _MEASURES: dict[str, Callable[[Record], float | None]] = {
     "class_spread": _class_spread,
     "corruption_top1": lambda run: at(run.measured, "corruptions", "top1"),
     "training_seconds": _seconds,
+    "step": lambda run: at(run.measured, "step", "relative"),
     "images_per_second": lambda run: at(run.result, "images_per_second"),
     "peak_memory": lambda run: at(run.result, "peak_memory_bytes"),
     "training_flops": _training_flops,

@@ -15,7 +15,7 @@ import torch
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from torch import nn
 
-from attar.compare.records import MEASURED
+from attar.compare.records import measured, remember
 from attar.data import EvalLoader, Normalization, Split
 from attar.data.corruptions import KINDS, SEVERITIES, corrupt
 from attar.data.images import Pixels
@@ -23,7 +23,6 @@ from attar.errors import AttarError
 from attar.spec import TrainSpec
 from attar.train import build_source
 from attar.train.evaluate import evaluate
-from attar.train.files import read_json, write_json
 from attar.train.student import Student, load_student
 
 if TYPE_CHECKING:
@@ -158,9 +157,9 @@ def measure_runs(folders: Sequence[Path], images: int = 0, console: Console | No
     if images < 0:
         raise AttarError(f"Robustness is measured on some test images, not on {images}.")
     for folder in folders:
-        if "latency" not in _kept(folder):
+        if "latency" not in measured(folder):
             student = load_student(folder)
-            _keep(folder, {"latency": measure_latency(student.network, student.image_size)})
+            remember(folder, latency=measure_latency(student.network, student.image_size))
     if images:
         _measure_corrupted(folders, images, console)
 
@@ -172,7 +171,7 @@ def _measure_corrupted(folders: Sequence[Path], images: int, console: Console | 
         groups.setdefault(str([getattr(spec, name) for name in _SAME_IMAGES]), []).append(folder)
     for group in groups.values():
         split = first_images(build_source(specs[group[0]]).test, images)
-        missing = [folder for folder in group if _kept(folder).get("corruptions", {}).get("images") != len(split)]
+        missing = [folder for folder in group if measured(folder).get("corruptions", {}).get("images") != len(split)]
         if missing and console is not None:
             console.print(f"Measuring {len(missing)} students on {len(split)} test images, corrupted in 55 ways ...")
         shown = console is not None and console.is_terminal and not console.quiet
@@ -182,15 +181,4 @@ def _measure_corrupted(folders: Sequence[Path], images: int, console: Console | 
                 part = missing[start : start + _TOGETHER]
                 found = measure_corruptions([load_student(folder) for folder in part], split, progress=progress)
                 for folder, values in zip(part, found, strict=True):
-                    _keep(folder, {"corruptions": values})
-
-
-def _kept(folder: Path) -> dict[str, Any]:
-    path = folder / MEASURED
-    found = read_json(path) if path.is_file() else {}
-    assert isinstance(found, dict)
-    return found
-
-
-def _keep(folder: Path, values: dict[str, Any]) -> None:
-    write_json(folder / MEASURED, {**_kept(folder), **values})
+                    remember(folder, corruptions=values)

@@ -243,5 +243,7 @@ def _seeds(found: Contrast) -> str:
 
 
 def _unseen(found: Contrast) -> str:
+    if found.detectable >= 1.0:
+        return "so few seeds that scatter so much could have shown no difference at all"
     power = f"with {POWER:.0%} power".replace("%", " %")
     return f"a difference below {100 * found.detectable:.2f} points could not have been seen {power}"
