@@ -16,9 +16,9 @@ import pytest
 from scipy import stats
 
 from attar.compare.analysis import COLUMNS, Analysis, EntryAnalysis, Failure, analyse
+from attar.compare.command import command
 from attar.compare.protocol import label_of, read_entry
 from attar.compare.records import Record, read_record, read_records
-from attar.compare.command import command
 from attar.errors import AttarError
 from attar.options import Parser, values_of
 from attar.spec import TrainSpec, parse
@@ -50,7 +50,11 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
         for seed in seeds:
             fit(small(*methods, seed=seed), home / f"{name}-{seed}", console=quiet())
     for seed, share in enumerate((0.51, 0.48, 0.57)):
-        measured = {"latency": {"median_seconds": 0.001 * (seed + 1)}, "corruptions": {"top1": share}}
+        measured = {
+            "latency": {"median_seconds": 0.001 * (seed + 1)},
+            "step": {"relative": 1.5},
+            "corruptions": {"top1": share},
+        }
         (home / f"one-{seed}" / "measured.json").write_text(json.dumps(measured))
     for name, number in (("failed", 0), ("begun", 1)):
         folder = home / f"{name}-{number}"
@@ -125,6 +129,7 @@ def test_every_figure_from_the_raw_files(found: Analysis, home: Path) -> None:
     one = entry(found, "ONE").figures
     check(one["latency"], [0.001, 0.002, 0.003])
     check(one["corruption_top1"], [0.51, 0.48, 0.57])
+    check(one["step"], [1.5, 1.5, 1.5])
     assert "latency" not in entry(found, "plain").figures
     assert one["extra_parameters"].mean > 0 == entry(found, "plain").figures["extra_parameters"].mean
     assert [column.key for column in found.columns] == [column.key for column in COLUMNS]

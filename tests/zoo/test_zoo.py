@@ -150,7 +150,7 @@ def test_features_only_returns_every_stage(name):
 
 def test_timm_lists_exactly_these_names():
     assert set(NAMES) == set(timm.list_models("cifar_*"))
-    assert len(NAMES) == len(set(NAMES)) == 20
+    assert len(NAMES) == len(set(NAMES)) == 27
     assert all(name in attar.zoo.__all__ and callable(getattr(attar.zoo, name)) for name in NAMES)
 
 
