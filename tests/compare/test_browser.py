@@ -176,7 +176,9 @@ def test_on_paper_all_is_open_light_and_without_buttons(browser: Any, report: Pa
     with Opened(browser, report, color_scheme="dark", viewport={"width": 718, "height": 1000}) as opened:
         page = opened.page
         page.emulate_media(media="print", color_scheme="dark")
-        assert page.locator("button:visible").count() == 0
+        assert page.locator("#theme:visible, [data-copy]:visible, nav:visible").count() == 0
+        heads = page.locator("#figures thead tr:last-child th").all_inner_texts()
+        assert [" ".join(head.split()) for head in heads[3:]] == [column.title for column in sample().columns]
         assert page.evaluate("getComputedStyle(document.body).backgroundColor") == "rgb(255, 255, 255)"
         page.screenshot(path=shots / "report-print.png", full_page=True)
         hidden = page.evaluate(

@@ -273,17 +273,21 @@ def _apart(wanted: Sequence[float], gap: float, whole: float) -> list[float]:
 
 def curve(analysis: Analysis, entry: EntryAnalysis, index: int) -> Drawing | None:
     """Draw the hold-out top-1 of one entry over epochs, mean and range of the seeds, over plain training in grey."""
-    if not entry.curve.size:
+    if not np.isfinite(entry.curve).any():
         return None
     drawn = [(other, shade) for other, shade in ((_plain(analysis), _PLAIN), (entry, colour(analysis, entry)))]
-    lines = [(other.curve, shade) for other, shade in drawn if other is not None and other.curve.size]
+    lines = [(other.curve, shade) for other, shade in drawn if other is not None and np.isfinite(other.curve).any()]
     if entry.role == "plain":
         lines = lines[-1:]
-    everything = [other.curve for other in analysis.entries if other.curve.size]
+    everything = [other.curve for other in analysis.entries if np.isfinite(other.curve).any()]
+    longest = max(each.shape[1] for each in everything)
     top = max(float(np.nanmax(each)) for each in everything)
-    # From where half of all values lie above: the first epochs would squeeze what matters.
-    low = min(float(np.nanmean(each[:, each.shape[1] // 3 :])) for each in everything)
-    low = max(0.0, min(low, top - 0.02) - 1.2 * (top - low))
+    low = min(float(np.nanmin(each)) for each in everything)
+    if longest > 10:
+        # The first epochs would squeeze what matters: down to as far below the late ones as those reach up.
+        late = min(float(np.nanmean(each[:, each.shape[1] // 3 :])) for each in everything)
+        low = max(low, min(late, top - 0.02) - 1.2 * (top - late))
+    low = max(0.0, low - 0.02 * (top - low))
     last = entry.curve[:, -1]
     finding = (
         f"Hold-out top-1 of {entry.label} over {entry.curve.shape[1]} epochs, ending at a mean of "
@@ -299,7 +303,6 @@ def curve(analysis: Analysis, entry: EntryAnalysis, index: int) -> Drawing | Non
             if len(values) > 1:
                 axes.fill_between(epochs, values.min(0), values.max(0), color=shade, alpha=0.22, lw=0)
             axes.plot(epochs, values.mean(0), color=shade, lw=1.7, marker="o" if len(epochs) == 1 else "", ms=4)
-        longest = max(each.shape[1] for each in everything)
         axes.set_xlim(1 if longest > 1 else 0.5, max(longest, 1.5))
         axes.set_ylim(low, top + 0.04 * (top - low) if top > low else top + 0.01)
         _ticks(axes.yaxis, 3, lambda value: f"{100 * value:.3g}")
