@@ -211,8 +211,10 @@ def costs(analysis: Analysis) -> Drawing | None:
     )
     dots.sort(key=lambda dot: -dot[2].mean)
     gap, left, bottom, top, names = 17, 40, 40, 22, 138
-    inner = max(gap * len(dots), min(300, max(210, 40 * len(analysis.entries) - 40)))
+    inner = max((gap + 6) * len(dots) if len(dots) > 12 else 0, min(300, max(210, 40 * len(analysis.entries) - 40)))
     height, width = inner + top + bottom, _WIDTH - left - names
+    # From the left end of a label, so that no line runs through another label.
+    leader = {"arrowstyle": "-", "lw": 0.7, "alpha": 0.55, "shrinkA": 1, "shrinkB": 3, "relpos": (0, 0.5)}
     with _drawing("costs", _WIDTH, height, finding) as (figure, out):
         axes = _axes(figure, left, bottom, width, inner)
         times = [dot[1] for dot in dots]
@@ -232,14 +234,14 @@ def costs(analysis: Analysis) -> Drawing | None:
             hue, mean = colour(analysis, entry), one.mean
             low, high = max(0.0, one.low), min(1.0, one.high)
             axes.annotate(
-                shortened(entry.label, 21),
+                shortened(entry.label, 20),
                 (seconds, mean),
                 (1.05, place / inner),
                 textcoords="axes fraction",
                 va="center",
                 size=_SMALL,
                 color=_INK,
-                arrowprops={"arrowstyle": "-", "color": hue, "lw": 0.7, "alpha": 0.55, "shrinkA": 1, "shrinkB": 3},
+                arrowprops=leader | {"color": hue},
                 annotation_clip=False,
             )
             axes.plot([seconds, seconds], [low, high], color=hue, lw=1.6, solid_capstyle="butt")
