@@ -18,7 +18,14 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 import attar
-from attar.functional import ensemble_log_probs, kl_divergence, sigmoid_ramp
+from attar.functional import (
+    attention_map,
+    attention_transfer,
+    ensemble_log_probs,
+    flat_map,
+    kl_divergence,
+    sigmoid_ramp,
+)
 from attar.methods import KD, ONE
 
 DIRECTORY = Path(os.environ.get("ATTAR_GOLDEN") or Path(__file__).parent / "golden")
@@ -158,7 +165,21 @@ def one(hyper: dict[str, Any], t: Tensors, mode: str) -> None:
     assert_golden(gate.norm.bias.grad, t["gw64.net.bn_v1.bias"], "gate norm bias")
 
 
-HANDLERS: dict[str, Callable[[dict[str, Any], Tensors, str], None]] = {"kd": kd, "one": one}
+def at(hyper: dict[str, Any], t: Tensors, mode: str) -> None:
+    assert hyper["variant"] in ("plain", "resize"), f"no handler for variant {hyper['variant']}"
+    student, teacher = leaf(t["in.f_s"]), leaf(t["in.f_t"])
+    if hyper["variant"] == "plain":
+        for features, side in ((student, "s"), (teacher, "t")):
+            mapped = flat_map(attention_map(features, reduce="mean"), "l2")
+            assert_golden(mapped, t[f"out64.map_{side}"], f"map of the {side} side")
+    loss = attention_transfer(student, teacher, resize=hyper["variant"] == "resize")
+    loss.backward()
+    assert_golden(loss, t["out64.loss"], "loss")
+    assert_golden(student.grad, t["grad64.f_s"], "gradient of the student's features")
+    assert teacher.grad is None
+
+
+HANDLERS: dict[str, Callable[[dict[str, Any], Tensors, str], None]] = {"at": at, "kd": kd, "one": one}
 
 
 def _cases() -> list[Any]:

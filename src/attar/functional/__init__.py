@@ -1,6 +1,18 @@
 """Pure tensor functions that the methods are made of: tensors in, tensors out, no state, no modules."""
 
+from attar.functional.attention import attention_map, attention_transfer, flat_map, resized_map
 from attar.functional.logits import ensemble_log_probs, full_precision, gated_logits, kl_divergence, sigmoid_ramp
 from attar.functional.world import gathered
 
-__all__ = ["ensemble_log_probs", "full_precision", "gated_logits", "gathered", "kl_divergence", "sigmoid_ramp"]
+__all__ = [
+    "attention_map",
+    "attention_transfer",
+    "ensemble_log_probs",
+    "flat_map",
+    "full_precision",
+    "gated_logits",
+    "gathered",
+    "kl_divergence",
+    "resized_map",
+    "sigmoid_ramp",
+]
