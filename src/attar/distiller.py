@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from attar.anatomy import Anatomy, Recorder, Tap, overwritten, survey
 from attar.errors import AttarError, unknown_name
 from attar.method import Batch, Method, Outputs, Probe, Terms
+from attar.sampling import ClassPairs, Sampling
 from attar.tasks import Classification
 from attar.teacher import Normalization
 
@@ -79,11 +80,15 @@ class Distiller(nn.Module):
         self._example: Tensor | None = None
         self._made_out_of_place: tuple[str, ...] = ()
 
-    def build(self, example_images: Tensor) -> Distiller:
+    def build(self, example_images: Tensor, num_samples: int | None = None) -> Distiller:
         """Probe the student once on example images [N, C, H, W] and make every auxiliary; return the distiller.
 
         The student's weights, buffers and mode are left as they are. Auxiliaries are drawn from torch's global
         generator: seed it for a repeatable run.
+
+        Args:
+            example_images: what the student sees; two images are used.
+            num_samples: one more than the largest number in `Batch.index`, for methods that remember samples.
 
         Raises:
             AttarError: the student refuses the images, its output is not [N, num_classes], a stage does not exist, or
@@ -97,7 +102,7 @@ class Distiller(nn.Module):
         anatomy, output = survey(self.student, images, self._stages, self.task.num_classes)
         self.task.check_logits(output)
         self._check_training_output(images)
-        probe = Probe(self.student, anatomy, self.task, images, self.normalization)
+        probe = Probe(self.student, anatomy, self.task, images, self.normalization, num_samples)
         taps: list[Tap] = []
         for method in self._methods():
             method.build(probe)
@@ -156,6 +161,11 @@ class Distiller(nn.Module):
         """How many augmented views of every image a batch must hold."""
         return max((method.views for method in self._methods()), default=1)
 
+    @property
+    def sampling(self) -> Sampling | None:
+        """How batches must be drawn; None for any order."""
+        return next((method.sampling for method in self._methods() if method.sampling is not None), None)
+
     def forward(self, batch: Batch | Sequence[Tensor], progress: Tensor | float) -> Terms:
         """Run one training step's only forward.
 
@@ -167,6 +177,8 @@ class Distiller(nn.Module):
         batch = Batch.of(batch)
         if batch.views < self.views:
             raise AttarError(f"The methods need {self.views} views of every image, but the batch holds {batch.views}.")
+        if isinstance(self.sampling, ClassPairs) and batch.partners is None:
+            raise AttarError("The methods need a partner of the same class for every image: give Batch.partners.")
         if not isinstance(progress, Tensor):
             progress = torch.tensor(float(progress), device=batch.images.device)
         methods = self._methods()

@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 import re
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
@@ -15,6 +15,7 @@ from attar.anatomy import Anatomy, Recorder, split
 from attar.distiller import Distiller
 from attar.errors import AttarError
 from attar.method import Batch, Method
+from attar.sampling import ClassPairs
 from attar.spec import teacher_options
 from attar.tasks import Classification
 from attar.teacher import Teacher
@@ -155,12 +156,15 @@ def method_cost(
     """Attach one method with its default options to a new student and price it; arguments as in `method_costs`."""
     try:
         method = specimen(kind, network)
-        distiller = Distiller(network(), [method], Classification(num_classes), stages=stages).build(images)
+        distiller = Distiller(network(), [method], Classification(num_classes), stages=stages)
+        distiller.build(images, len(images))
     except AttarError as error:
         return MethodCost(kind.__name__, refusal=str(error))
     views = images.repeat(method.views, 1, 1, 1)
     targets = (torch.arange(len(images)) % num_classes).repeat(method.views)
-    batch = Batch(views, targets, torch.arange(len(images)).repeat(method.views), views=method.views)
+    batch = Batch(views, targets, torch.arange(len(images)).repeat(method.views), targets, method.views)
+    if isinstance(method.sampling, ClassPairs):
+        batch = replace(batch, partners=batch)
     distiller.eval()
     with torch.no_grad():
         terms = distiller(batch, 0.5)
@@ -250,7 +254,8 @@ def check(distiller: Distiller, batch: Batch, *, compiled: bool = False) -> Chec
     distiller.task.check_targets(batch.targets)
     student = distiller.student
     was_inplace = _inplace(student)
-    distiller.build(batch.images).train()
+    # No more samples than this batch names will be remembered.
+    distiller.build(batch.images, int(batch.index.max()) + 1 if batch.index is not None else None).train()
     attached = {name: method for name, method in distiller.methods.items() if isinstance(method, Method)}
     terms, without_gradient = _step(distiller, batch)
     breaks = _graph_breaks(distiller, batch) if compiled else None

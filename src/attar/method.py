@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from attar.anatomy import Anatomy, Tap
+from attar.sampling import Sampling
 from attar.tasks import Classification
 from attar.teacher import Normalization, Teacher
 
@@ -30,6 +31,7 @@ class Batch:
         index: [V*N] stable sample numbers, for methods that remember samples.
         labels: [V*N] class indices; None only where mixing has left no single label.
         views: V.
+        partners: another image of the same class for every image, where a method's `sampling` asks for them.
     """
 
     images: Tensor
@@ -37,6 +39,7 @@ class Batch:
     index: Tensor | None = None
     labels: Tensor | None = None
     views: int = 1
+    partners: Batch | None = None
 
     @classmethod
     def of(cls, batch: Batch | Sequence[Tensor]) -> Batch:
@@ -54,7 +57,8 @@ class Batch:
             return None if tensor is None else tensor.to(device, non_blocking=non_blocking)
 
         images, targets = (tensor.to(device, non_blocking=non_blocking) for tensor in (self.images, self.targets))
-        return Batch(images, targets, move(self.index), move(self.labels), self.views)
+        partners = self.partners.to(device, non_blocking) if self.partners is not None else None
+        return Batch(images, targets, move(self.index), move(self.labels), self.views, partners)
 
 
 @dataclass(frozen=True)
@@ -123,6 +127,7 @@ class Probe:
         task: what labels and loss mean.
         images: a small example batch [N, C, H, W] on the student's device.
         normalization: the mean and std with which images are normalised, when known.
+        num_samples: one more than the largest number in `Batch.index`, when known: how large a memory per sample is.
     """
 
     student: nn.Module
@@ -130,6 +135,7 @@ class Probe:
     task: Classification
     images: Tensor
     normalization: Normalization | None = None
+    num_samples: int | None = None
 
 
 class Method(nn.Module):
@@ -145,6 +151,8 @@ class Method(nn.Module):
 
     # How many independently augmented views of every image the batch must hold.
     views: int = 1
+    # How batches must be drawn; None for any. A method that sets it claims "sampler".
+    sampling: Sampling | None = None
     # What only one method of a distiller may do ("task weight", "targets", "sampler"), with the reason in words.
     claims: Mapping[str, str] = {}
     # What the method cannot do without ("labels"), and what it takes from the others.

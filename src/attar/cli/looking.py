@@ -195,12 +195,12 @@ def _one_batch(spec: TrainSpec, images: int) -> tuple[Distiller, Batch]:
     """Return an unbuilt distiller and one training batch on the CPU, as a run of this spec would have them."""
     import torch
 
-    from attar.data import Loader, Normalization, Shuffled, augmentation
+    from attar.data import Loader, Normalization, augmentation, make_sampler
     from attar.distiller import Distiller
-    from attar.method import Batch
     from attar.tasks import Classification
     from attar.train import build_methods, build_model, build_source
     from attar.train.memory import memory_format
+    from attar.train.run import batch_of
 
     source = build_source(spec)
     torch.manual_seed(spec.seed)
@@ -213,7 +213,7 @@ def _one_batch(spec: TrainSpec, images: int) -> tuple[Distiller, Batch]:
     )
     loader = Loader(
         source.train,
-        Shuffled(len(source.train), images, spec.seed),
+        make_sampler(distiller.sampling, source.train.targets, images, spec.seed),
         augmentation(spec.augment or source.default_augmentation),
         Normalization(source.mean, source.std),
         views=distiller.views,
@@ -221,8 +221,7 @@ def _one_batch(spec: TrainSpec, images: int) -> tuple[Distiller, Batch]:
         workers=0,
     )
     sample = next(loader.epoch(0))
-    pixels = sample.images.contiguous(memory_format=memory_format(distiller, sample.images.device))
-    return distiller, Batch(pixels, sample.targets, sample.index, views=distiller.views)
+    return distiller, batch_of(distiller, sample, memory_format(distiller, sample.images.device))
 
 
 def _example(

@@ -9,7 +9,7 @@ from __future__ import annotations
 from attar.data.augment import AUGMENTATIONS, Augmentation, Normalization, augmentation
 from attar.data.images import BadImageError
 from attar.data.loader import EvalLoader, Loader, Sample
-from attar.data.samplers import Sampler, Shuffled, rank_slice
+from attar.data.samplers import Sampler, Shuffled, make_sampler, rank_slice
 from attar.data.sources import Source, Split, open_source
 
 __all__ = [
@@ -25,6 +25,7 @@ __all__ = [
     "Source",
     "Split",
     "augmentation",
+    "make_sampler",
     "open_source",
     "rank_slice",
 ]

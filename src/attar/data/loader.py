@@ -101,7 +101,9 @@ class Loader:
         Raises:
             AttarError: a batch that the ranks cannot share evenly, or a large image that can no longer be read.
         """
-        parts = [rank_slice(batch, self.rank, self.world) for batch in self.sampler.epoch(epoch)[start_step:]]
+        groups = self.sampler.groups
+        batches = self.sampler.epoch(epoch)[start_step:]
+        parts = [rank_slice(batch, self.rank, self.world, groups) for batch in batches]
         if self.split.pixels is None:
             return self._from_workers(parts, epoch)
         return prefetch((self._sample(part, epoch) for part in parts), self.depth)

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
+from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
 
 from attar.distiller import Distiller
 from attar.method import Batch, Method, Terms
+from attar.sampling import ClassPairs
 from attar.tasks import Classification
 
 __all__ = ["MethodContract"]
@@ -53,13 +55,17 @@ class MethodContract:
         images = torch.randn(size, generator=generator)
         targets = torch.randint(self.num_classes, (self.batch_size,), generator=generator).repeat(views)
         index = torch.arange(self.batch_size).repeat(views)
-        return Batch(images, targets, index, targets, views)
+        batch = Batch(images, targets, index, targets, views)
+        if isinstance(self.method().sampling, ClassPairs):
+            # Another image of the same class.
+            batch = replace(batch, partners=replace(batch, images=images.flip(-1), index=index + self.batch_size))
+        return batch
 
     def distiller(self) -> Distiller:
         """Return a built distiller in training mode, the same at every call."""
         torch.manual_seed(0)
         distiller = Distiller(self.student(), [self.method()], Classification(self.num_classes))
-        return distiller.build(self.batch().images).train()
+        return distiller.build(self.batch().images, 2 * self.batch_size).train()
 
     @staticmethod
     def step(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -10,10 +10,11 @@ from timm.scheduler.scheduler import Scheduler
 from timm.utils import ModelEmaV3
 from torch import nn
 
-from attar.data import Loader, Normalization, Sample, Shuffled, Source, augmentation
+from attar.data import Loader, Normalization, Sample, Source, augmentation, make_sampler
 from attar.distiller import Distiller
 from attar.errors import AttarError
 from attar.method import Batch
+from attar.sampling import ClassPairs
 from attar.spec import TrainSpec
 from attar.tasks import Classification
 from attar.train.build import build_methods, build_model, build_source
@@ -26,7 +27,7 @@ from attar.train.run_folder import RunFolder
 from attar.train.schedule import make_optimizer, make_schedule
 from attar.train.tracking import Tracker
 
-__all__ = ["Run"]
+__all__ = ["Run", "batch_of"]
 
 _COMPILE_REPAYS = 1000  # steps from which on compiling for minutes is worth it on a GPU
 
@@ -77,7 +78,6 @@ class Run:
         """
         peak_memory = PeakMemory(ranks.device)
         source = ranks.first_then_others(lambda: build_source(spec))
-        sampler = Shuffled(len(source.train), spec.batch, spec.seed, drop_last=not spec.keep_last, world=ranks.world)
         # From here to the built distiller everything draws from this seed: the student first, so that runs of one seed
         # start from the same student whatever their methods.
         torch.manual_seed(spec.seed)
@@ -87,9 +87,12 @@ class Run:
         methods = build_methods(spec, source.num_classes)
         task, normalization = Classification(source.num_classes), Normalization(source.mean, source.std)
         distiller = Distiller(student, methods, task, normalization=(source.mean, source.std), stages=spec.stages)
-        distiller.build(torch.randn(2, 3, *source.image_size, device=ranks.device))
+        distiller.build(torch.randn(2, 3, *source.image_size, device=ranks.device), source.train.index_bound)
         memory = memory_format(distiller, ranks.device, spec.channels_last)  # an auxiliary may forbid it too
         distiller.to(device=ranks.device, memory_format=memory)  # type: ignore[call-overload]
+        sampler = make_sampler(
+            distiller.sampling, source.train.targets, spec.batch, spec.seed, not spec.keep_last, ranks.world
+        )
         loader = Loader(
             source.train,
             sampler,
@@ -138,8 +141,7 @@ class Run:
 
     def batch_of(self, sample: Sample) -> Batch:
         """Return loaded images as the distiller takes them."""
-        images = sample.images.contiguous(memory_format=self.memory)
-        return Batch(images, sample.targets, sample.index, labels=sample.targets, views=self.distiller.views)
+        return batch_of(self.distiller, sample, self.memory)
 
     def evaluate(self, network: nn.Module, split: str) -> Metrics:
         """Measure a network of this run; the first process's batch statistics hold for all."""
@@ -218,3 +220,20 @@ class Run:
         self.seconds, self.best = state["seconds"], state["best"]
         self.means, self.weights = state["means"], state["weights"]
         return int(state["history"])
+
+
+def batch_of(distiller: Distiller, sample: Sample, memory: torch.memory_format) -> Batch:
+    """Return loaded images as a distiller takes them: partners apart, in its memory format."""
+    views = distiller.views
+    if not isinstance(distiller.sampling, ClassPairs):
+        images = sample.images.contiguous(memory_format=memory)
+        return Batch(images, sample.targets, sample.index, sample.targets, views)
+    # View after view, and in each the images before their partners.
+    halves = []
+    for half in range(2):
+        images, targets, index = (
+            values.unflatten(0, (views, 2, -1))[:, half].flatten(0, 1)
+            for values in (sample.images, sample.targets, sample.index)
+        )
+        halves.append(Batch(images.contiguous(memory_format=memory), targets, index, targets, views))
+    return replace(halves[0], partners=halves[1])
