@@ -232,7 +232,7 @@ def batch_of(distiller: Distiller, sample: Sample, memory: torch.memory_format) 
     halves = []
     for half in range(2):
         images, targets, index = (
-            values.unflatten(0, (views, 2, -1))[:, half].flatten(0, 1)
+            values.unflatten(0, (views, 2, -1))[:, half].flatten(0, 1)  # type: ignore[no-untyped-call]
             for values in (sample.images, sample.targets, sample.index)
         )
         halves.append(Batch(images.contiguous(memory_format=memory), targets, index, targets, views))
