@@ -26,7 +26,7 @@ from attar.functional import (
     kl_divergence,
     sigmoid_ramp,
 )
-from attar.methods import KD, ONE
+from attar.methods import FRSKD, KD, ONE, TfKD
 
 DIRECTORY = Path(os.environ.get("ATTAR_GOLDEN") or Path(__file__).parent / "golden")
 Tensors = dict[str, Tensor]
@@ -179,7 +179,116 @@ def at(hyper: dict[str, Any], t: Tensors, mode: str) -> None:
     assert teacher.grad is None
 
 
-HANDLERS: dict[str, Callable[[dict[str, Any], Tensors, str], None]] = {"at": at, "kd": kd, "one": one}
+class _Map(nn.Module):
+    def forward(self, images: Tensor) -> Tensor:
+        return self.value[: len(images)]
+
+
+class _Levels(nn.Module):
+    """Stages that return stored maps, and stored logits."""
+
+    def __init__(self, maps: list[Tensor], logits: Tensor) -> None:
+        super().__init__()
+        self.stages = nn.ModuleList(_Map() for _ in maps)
+        for stage, value in zip(self.stages, maps, strict=True):
+            stage.value = value
+        self.logits = logits
+
+    def forward(self, images: Tensor) -> Tensor:
+        for stage in self.stages:
+            stage(images)
+        return self.logits[: len(images)]
+
+
+def _frskd_key(official: str) -> str:
+    """The name of an official weight of the self-teacher in attar's."""
+    name = official.removeprefix("bifpn.").removeprefix("layers.0.")
+    kind, _, rest = name.partition(".")
+    if kind in ("fc", "linear"):
+        return f"classifier.{rest}"
+    level, _, rest = rest.partition(".")
+    if kind in ("up_weight", "down_weight"):
+        return f"pyramid.{kind.removesuffix('_weight')}_fusions.{level}.v"
+    if kind in ("up_conv", "down_conv"):
+        unit, layer, what = rest.removeprefix("conv.").split(".")
+        position = int(layer) + (4 * int(unit) - 1 if int(unit) else 0)  # a ReLU stands in front of later units
+        return f"pyramid.{kind.removesuffix('_conv')}_nodes.{level}.{position}.{what}"
+    block = {"lat_conv": "laterals", "lat_conv2": "second_laterals", "up_sample": "ups", "down_sample": "downs"}[kind]
+    return f"pyramid.{block}.{level}.{rest.removeprefix('1.').removeprefix('conv.0.')}"
+
+
+def frskd(hyper: dict[str, Any], t: Tensors, mode: str) -> None:
+    if hyper["variant"] == "seg_kl":
+        logits = leaf(t["in.logits"])
+        loss = kl_divergence(logits, t["in.logits_t"].double(), hyper["T"])
+        loss.backward()
+        assert_golden(loss, t["out64.loss"], "loss")
+        assert_golden(logits.grad, t["grad64.logits"], "gradient of the logits")
+        return
+    assert hyper["variant"] == "self-teacher", f"no handler for variant {hyper['variant']}"
+    numbers = range(1, sum(key.startswith("in.x") for key in t) + 1)
+    maps, logits = [leaf(t[f"in.x{i}"]) for i in numbers], leaf(t["in.logits"])
+    bifpn = {"pyramid": "bifpn", "channels": 4} if hyper["module"] == "BiFPN with 4 channels" else {}
+    method = FRSKD(
+        alpha=hyper["alpha"], beta=hyper["beta"], temperature=hyper["T"], width=hyper["width"], depth=hyper["depth"],
+        min_channels=1, **bifpn,
+    )  # fmt: skip
+    student = _Levels(maps, logits)
+    stages = [f"stages.{i - 1}" for i in numbers]
+    distiller = attar.Distiller(student, [method], attar.Classification(logits.shape[1]), stages=stages)
+    images = torch.zeros(len(logits), 1, *maps[0].shape[2:], dtype=torch.float64)
+    distiller.build(images).train(mode == "train")
+    teacher = method.self_teacher
+    own = dict(teacher.named_parameters()) | dict(teacher.named_buffers())
+    official = {key.removeprefix("w."): value for key, value in t.items() if key.startswith("w.")}
+    assert {_frskd_key(name) for name in official} == {name for name in own if "num_batches" not in name}
+    with torch.no_grad():
+        for name, value in official.items():
+            own[_frskd_key(name)].copy_(value)
+
+    seen: list[Any] = []
+    handle = teacher.register_forward_hook(lambda module, args, output: seen.extend(output))
+    terms = distiller((images, t["in.labels"]), 0.5)
+    terms.total().backward()
+    handle.remove()
+    for i, refined in zip(numbers, seen[0], strict=True):
+        assert_golden(refined.relu(), t[f"out64.o{i}"], f"refined map {i}")
+    assert_golden(seen[1], t["out64.t_logits"], "logits of the self-teacher")
+    assert_golden(terms.losses["FRSKD.features"], t["out64.att"], "features")
+    assert_golden(terms.losses["FRSKD.kl"], t["out64.kd"], "kl")
+    assert_golden(terms.total(), t["out64.loss"], "loss")
+    assert_golden(logits.grad, t["grad64.logits"], "gradient of the logits")
+    for i, x in zip(numbers, maps, strict=True):
+        assert_golden(x.grad, t[f"grad64.x{i}"], f"gradient of map {i}")
+    for name in official:
+        if f"gw64.{name}" in t:
+            assert_golden(own[_frskd_key(name)].grad, t[f"gw64.{name}"], f"gradient of {name}")
+
+
+def selfkd_extras(hyper: dict[str, Any], t: Tensors, mode: str) -> None:
+    """Self-KD-Lib's TF_KD_reg; its PS-KD and DKS belong to other methods."""
+    if hyper["method"] in ("pskd", "dks"):
+        pytest.skip(f"{hyper['method']}: attar has no method for these vectors yet")
+    assert hyper["method"] == "tfkd", f"no handler for method {hyper['method']}"
+    student = _Stored(leaf(t["in.logits"]))
+    method = TfKD(variant="self-kd-lib", temperature=hyper["T"], true_class=1 - hyper["epsilon"])
+    task = attar.Classification(student.logits.shape[1])
+    images = torch.zeros(len(student.logits), 1, 4, 4, dtype=torch.float64)
+    terms = attar.Distiller(student, [method], task, stages=["stage"]).build(images)((images, t["in.labels"]), 0.5)
+    term = terms.losses["TfKD.cross_entropy"]
+    term.backward()
+    assert terms.weights == {"task": 1.0, "TfKD.cross_entropy": 1.0}
+    assert_golden(term, t["out64.loss"], "loss")
+    assert_golden(student.logits.grad, t["grad64.logits"], "gradient of the logits")
+
+
+HANDLERS: dict[str, Callable[[dict[str, Any], Tensors, str], None]] = {
+    "at": at,
+    "frskd": frskd,
+    "kd": kd,
+    "one": one,
+    "selfkd_extras": selfkd_extras,
+}
 
 
 def _cases() -> list[Any]:

@@ -16,13 +16,15 @@ from torch.nn.parallel import DistributedDataParallel
 
 import attar
 from attar.method import Method
-from attar.methods import KD, ONE, Supervised
+from attar.methods import CSKD, KD, ONE, Supervised, TfKD
 from networks import IMAGES, LABELS, Net
 
 METHODS: dict[str, Callable[[], Method]] = {
+    "CSKD": lambda: CSKD(),
     "KD": lambda: KD(Net().double()),
     "ONE": lambda: ONE(gate_norm=False),
     "Supervised": lambda: Supervised(label_smoothing=0.1),
+    "TfKD": lambda: TfKD(),
 }
 
 
@@ -32,7 +34,9 @@ def built(name: str) -> attar.Distiller:
 
 
 def step(distiller: attar.Distiller, forward: Callable[..., attar.Terms], rows: slice) -> dict[str, Tensor]:
-    terms = forward((IMAGES[rows], LABELS[rows]), torch.tensor(0.2))
+    batch = attar.Batch(IMAGES[rows], LABELS[rows], INDEX[rows], LABELS[rows])
+    partners = dataclasses.replace(batch, images=IMAGES.flip(-1)[rows])
+    terms = forward(dataclasses.replace(batch, partners=partners), torch.tensor(0.2))
     terms.total().backward()
     gradients = {f"gradient {name}": p.grad for name, p in distiller.named_parameters() if p.grad is not None}
     return {**gradients, **{f"loss {name}": loss.detach() for name, loss in terms.losses.items()}}

@@ -14,7 +14,7 @@ from attar.compare.protocol import label_of
 from attar.data.augment import AUGMENTATIONS
 from attar.errors import AttarError
 from attar.method import Method
-from attar.recipes import kd, one, supervised
+from attar.recipes.catalog import _MODULES
 from attar.recipes.recipe import CLASSES, FROM_MEMORY, IMAGENET, NOTES, runs_of
 from attar.spec import TrainSpec, method_options, parse, teacher_options
 from attar.train.models import make_model
@@ -24,10 +24,10 @@ RUNNABLE = [name for name in NAMES if not recipes.missing_methods(recipes.find(n
 
 
 def test_every_function_of_every_module_is_a_recipe_of_its_own_name():
-    listed = [name for module in (kd, one, supervised) for name in module.__all__]
+    listed = [name for module in _MODULES for name in module.__all__]
     assert sorted(listed) == NAMES
     assert len(set(listed)) == len(listed)
-    for module in (kd, one, supervised):
+    for module in _MODULES:
         public = [n for n, f in inspect.getmembers(module, inspect.isfunction) if f.__module__ == module.__name__]
         assert sorted(module.__all__) == sorted(n for n in public if not n.startswith("_"))
     for name, make in recipes.available().items():
