@@ -1,6 +1,7 @@
 """Pure tensor functions that the methods are made of: tensors in, tensors out, no state, no modules."""
 
 from attar.functional.attention import attention_map, attention_transfer, flat_map, resized_map
+from attar.functional.layers import layer_pairs, linear_ramp
 from attar.functional.logits import ensemble_log_probs, full_precision, gated_logits, kl_divergence, sigmoid_ramp
 from attar.functional.world import gathered
 
@@ -13,6 +14,8 @@ __all__ = [
     "gated_logits",
     "gathered",
     "kl_divergence",
+    "layer_pairs",
+    "linear_ramp",
     "resized_map",
     "sigmoid_ramp",
 ]
