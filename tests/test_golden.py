@@ -6,6 +6,7 @@ file of a method that is not built yet is reported as such.
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 from collections.abc import Callable
@@ -26,7 +27,8 @@ from attar.functional import (
     kl_divergence,
     sigmoid_ramp,
 )
-from attar.methods import FRSKD, KD, ONE, TfKD
+from attar.method import Method
+from attar.methods import CSKD, FRSKD, KD, ONE, SAD, TfKD
 
 DIRECTORY = Path(os.environ.get("ATTAR_GOLDEN") or Path(__file__).parent / "golden")
 Tensors = dict[str, Tensor]
@@ -282,11 +284,128 @@ def selfkd_extras(hyper: dict[str, Any], t: Tensors, mode: str) -> None:
     assert_golden(student.logits.grad, t["grad64.logits"], "gradient of the logits")
 
 
+class _Feature(nn.Module):
+    def __init__(self, value: Tensor) -> None:
+        super().__init__()
+        self.value = value
+
+    def forward(self, images: Tensor) -> Tensor:
+        return self.value[: len(images)]
+
+
+class _Features(nn.Module):
+    """A student whose stages return stored features whatever it sees."""
+
+    def __init__(self, *values: Tensor) -> None:
+        super().__init__()
+        self.stages = nn.ModuleList(map(_Feature, values))
+        self.head = nn.Linear(1, 2, dtype=torch.float64)
+
+    def forward(self, images: Tensor) -> Tensor:
+        for stage in self.stages:
+            stage(images)
+        return self.head(images.mean(dim=(2, 3)))
+
+
+def _between_stages(method: Method, values: list[Tensor], size: tuple[int, int] | None = None) -> Tensor:
+    """Run a method without auxiliaries on a student whose stages hold these features; return its only term."""
+    student = _Features(*values)
+    names = [f"stages.{number}" for number in range(len(values))]
+    distiller = attar.Distiller(student, [method], attar.Classification(2), stages=names)
+    count = len(values[0])
+    images = torch.zeros(count, 1, *(size or values[0].shape[2:]), dtype=torch.float64)
+    losses = distiller.build(images)((images, torch.zeros(count, dtype=torch.long)), 0.5).losses
+    (name,) = losses.keys() - {"task"}
+    return losses[name]
+
+
+def sad(hyper: dict[str, Any], t: Tensors, mode: str) -> None:
+    variant = hyper["variant"]
+    assert variant in ("released", "positions", "pair"), f"no handler for variant {variant}"
+    over = "batch" if variant == "released" else "positions"
+    method = SAD(variant="lane", start=0.0, align_corners=True, softmax_over=over)
+    deep = leaf(t["in.f"])
+    if variant == "pair":
+        shallow = leaf(t["in.s"])
+        size = tuple(shallow.shape[2:])
+        loss = _between_stages(method, [shallow, deep])
+        loss.backward()
+        assert_golden(method.attention(shallow, size), t["out64.map_s"], "map of the shallow side")
+        assert_golden(shallow.grad, t["grad64.s"], "gradient of the shallow features")
+        assert deep.grad is None
+    else:
+        target = t["in.target"].double()
+        size = tuple(target.shape[1:])
+        loss = (method.attention(deep, size) - target.flatten(1)).square().mean()
+        loss.backward()
+        assert_golden(deep.grad, t["grad64.f"], "gradient of the features")
+    assert_golden(method.attention(deep, size), t["out64.map"], "map")
+    assert_golden(loss, t["out64.loss"], "loss")
+
+
+def sad_thirdparty(hyper: dict[str, Any], t: Tensors, mode: str) -> None:
+    assert hyper["variant"] in ("chain", "at_gen"), f"no handler for variant {hyper['variant']}"
+    if hyper["variant"] == "chain":
+        method = SAD(upsample="features")
+        assert method.weights(torch.tensor(0.0))["attention"] == 1000
+    else:
+        method = SAD(variant="lane", start=0.0, stop_gradient=False)
+    values = [leaf(t[f"in.f{number}"]) for number in (1, 2, 3) if f"in.f{number}" in t]
+    loss = _between_stages(method, values)
+    loss.backward()
+    assert_golden(loss, t["out64.loss"], "loss")
+    for number, value in enumerate(values, start=1):
+        gradient = value.grad if value.grad is not None else torch.zeros_like(value)
+        assert_golden(gradient, t[f"grad64.f{number}"], f"gradient of f{number}")
+
+
+class _Flat(nn.Module):
+    """A network of vectors, which travel as images one pixel high."""
+
+    def __init__(self, *layers: nn.Module) -> None:
+        super().__init__()
+        self.stage = nn.Identity()
+        self.net = nn.Sequential(*layers)
+
+    def forward(self, images: Tensor) -> Tensor:
+        return self.net(self.stage(images).flatten(1))
+
+
+def cs_kd(hyper: dict[str, Any], t: Tensors, mode: str) -> None:
+    x = leaf(t["in.x"])
+    last = max(key for key in t if key.startswith("w.net.") and key.endswith(".weight"))
+    classes, width = t[last].shape
+    layers = [nn.BatchNorm1d(width)] if hyper["network"] == "bn+linear" else []
+    student = _Flat(*layers, nn.Linear(width, classes)).double()
+    images = x[:, None, None, :]
+    method = CSKD(temperature=hyper["T"], weight=hyper["lamda"])
+    distiller = attar.Distiller(student, [method], attar.Classification(classes), stages=["stage"])
+    distiller.build(images.detach())
+    weights = {key.removeprefix("w."): value.double() for key, value in t.items() if key.startswith("w.net.")}
+    student.load_state_dict(weights, strict=False)
+    distiller.train(mode == "train")
+    halves = [attar.Batch(*half) for half in zip(images.chunk(2), t["in.labels"].chunk(2), strict=True)]
+    terms = distiller(dataclasses.replace(halves[0], partners=halves[1]), 0.5)
+    terms.total().backward()
+    assert_golden(terms.logits, t["out64.logits"], "logits")
+    assert_golden(terms.losses["CSKD.kl"], t["out64.cls"], "kl")
+    assert_golden(terms.total(), t["out64.loss"], "loss")
+    assert_golden(x.grad, t["grad64.x"], "gradient of the input")
+    for name, parameter in student.named_parameters():
+        assert_golden(parameter.grad, t[f"gw64.{name}"], f"gradient of {name}")
+    if layers:
+        assert_golden(layers[0].running_mean, t["out64.running_mean_after"], "running mean")
+        assert_golden(layers[0].running_var, t["out64.running_var_after"], "running variance")
+
+
 HANDLERS: dict[str, Callable[[dict[str, Any], Tensors, str], None]] = {
     "at": at,
+    "cs_kd": cs_kd,
     "frskd": frskd,
     "kd": kd,
     "one": one,
+    "sad": sad,
+    "sad_thirdparty": sad_thirdparty,
     "selfkd_extras": selfkd_extras,
 }
 

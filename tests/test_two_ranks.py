@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import socket
 from collections.abc import Callable
@@ -34,8 +35,11 @@ def built(name: str) -> attar.Distiller:
 
 
 def step(distiller: attar.Distiller, forward: Callable[..., attar.Terms], rows: slice) -> dict[str, Tensor]:
-    batch = attar.Batch(IMAGES[rows], LABELS[rows], INDEX[rows], LABELS[rows])
-    partners = dataclasses.replace(batch, images=IMAGES.flip(-1)[rows])
+    views = distiller.views
+    images = torch.cat([IMAGES[rows], IMAGES.flip(-1)[rows]][:views])
+    labels, index = LABELS[rows].repeat(views), torch.arange(len(IMAGES))[rows].repeat(views)
+    batch = attar.Batch(images, labels, index, labels, views)
+    partners = dataclasses.replace(batch, images=images.flip(-2))
     terms = forward(dataclasses.replace(batch, partners=partners), torch.tensor(0.2))
     terms.total().backward()
     gradients = {f"gradient {name}": p.grad for name, p in distiller.named_parameters() if p.grad is not None}
