@@ -28,7 +28,7 @@ from attar.functional import (
     sigmoid_ramp,
 )
 from attar.method import Method
-from attar.methods import CSKD, FRSKD, KD, ONE, SAD, TfKD
+from attar.methods import CSKD, DDGSD, FRSKD, KD, ONE, SAD, TfKD
 
 DIRECTORY = Path(os.environ.get("ATTAR_GOLDEN") or Path(__file__).parent / "golden")
 Tensors = dict[str, Tensor]
@@ -398,10 +398,60 @@ def cs_kd(hyper: dict[str, Any], t: Tensors, mode: str) -> None:
         assert_golden(layers[0].running_var, t["out64.running_var_after"], "running variance")
 
 
+class _Answer(nn.Module):
+    """A layer that returns stored values, whatever it sees."""
+
+    def __init__(self, value: Tensor) -> None:
+        super().__init__()
+        self.value = value
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.value[: len(x)]
+
+
+class _Staged(nn.Module):
+    """Stages with stored maps, a pooling and a classifier."""
+
+    def __init__(self, maps: list[Tensor], classifier: nn.Module) -> None:
+        super().__init__()
+        self.stages = nn.ModuleList(_Answer(value) for value in maps)
+        self.classifier = classifier
+
+    def forward(self, images: Tensor) -> Tensor:
+        for stage in self.stages:
+            images = stage(images)
+        return self.classifier(images.mean(dim=(2, 3)))
+
+    def distiller(self, method: attar.Method, classes: int) -> tuple[attar.Distiller, Tensor]:
+        """Build; the images that come along count for nothing but their number."""
+        first = self.stages[0].value
+        images = torch.zeros(len(first), 1, *(4 * side for side in first.shape[2:]), dtype=torch.float64)
+        names = [f"stages.{i}" for i in range(len(self.stages))]
+        return attar.Distiller(self, [method], attar.Classification(classes), stages=names).build(images), images
+
+
+def ddgsd(hyper: dict[str, Any], t: Tensors, mode: str) -> None:
+    logits, features = leaf(t["in.logits"]), leaf(t["in.features"])
+    options = {"temperature": hyper["T"], "mmd_weight": hyper["mmd_weight"]}
+    student = _Staged([features[:, :, None, None]], _Answer(logits))
+    distiller, images = student.distiller(DDGSD(mmd="scalar", task_weight=0.5, **options), logits.shape[1])
+    labels = t["in.labels"].repeat(2)
+    terms = distiller(attar.Batch(images, labels, None, labels, views=2), 0.5)
+    terms.total().backward()
+    weighted = {name: terms.weights[name] * loss for name, loss in terms.losses.items()}
+    assert_golden(weighted["task"], t["out64.loss_cls"], "loss_cls")
+    assert_golden(weighted["DDGSD.kl"] + weighted["DDGSD.mmd"], t["out64.loss_div"], "loss_div")
+    assert_golden(terms.total(), t["out64.loss"], "loss")
+    assert_golden(sum(terms.logits.chunk(2)) / 2, t["out64.mean_logits"], "mean logits")
+    assert_golden(logits.grad, t["grad64.logits"], "gradient of the logits")
+    assert_golden(features.grad, t["grad64.features"], "gradient of the features")
+
+
 HANDLERS: dict[str, Callable[[dict[str, Any], Tensors, str], None]] = {
     "at": at,
     "cs_kd": cs_kd,
     "frskd": frskd,
+    "ddgsd": ddgsd,
     "kd": kd,
     "one": one,
     "sad": sad,

@@ -17,13 +17,15 @@ from torch.nn.parallel import DistributedDataParallel
 
 import attar
 from attar.method import Method
-from attar.methods import CSKD, KD, ONE, Supervised, TfKD
+from attar.methods import CSKD, DDGSD, KD, ONE, SAD, Supervised, TfKD
 from networks import IMAGES, LABELS, Net
 
 METHODS: dict[str, Callable[[], Method]] = {
     "CSKD": lambda: CSKD(),
+    "DDGSD": lambda: DDGSD(),
     "KD": lambda: KD(Net().double()),
     "ONE": lambda: ONE(gate_norm=False),
+    "SAD": lambda: SAD(),
     "Supervised": lambda: Supervised(label_smoothing=0.1),
     "TfKD": lambda: TfKD(),
 }

@@ -10,7 +10,7 @@ from torch import nn
 import attar
 from architectures import ARCHITECTURES, Architecture
 from attar.method import Method
-from attar.methods import CSKD, KD, ONE, Supervised, TfKD
+from attar.methods import CSKD, DDGSD, KD, ONE, SAD, Supervised, TfKD
 from attar.testing import MethodContract
 
 
@@ -28,8 +28,10 @@ def small_teacher(classes: int) -> nn.Module:
 # One line per method: every method of attar stands here (see the last test).
 METHODS: dict[str, Callable[[int], Method]] = {
     "CSKD": lambda classes: CSKD(),
+    "DDGSD": lambda classes: DDGSD(),
     "KD": lambda classes: KD(small_teacher(classes)),
     "ONE": lambda classes: ONE(branches=2),
+    "SAD": lambda classes: SAD(),
     "Supervised": lambda classes: Supervised(label_smoothing=0.1),
     "TfKD": lambda classes: TfKD(),
 }
