@@ -17,12 +17,13 @@ from torch.nn.parallel import DistributedDataParallel
 
 import attar
 from attar.method import Method
-from attar.methods import CSKD, DDGSD, KD, ONE, SAD, Supervised, TfKD
+from attar.methods import CSKD, DDGSD, FRSKD, KD, ONE, SAD, Supervised, TfKD
 from networks import IMAGES, LABELS, Net
 
 METHODS: dict[str, Callable[[], Method]] = {
     "CSKD": lambda: CSKD(),
     "DDGSD": lambda: DDGSD(),
+    "FRSKD": lambda: FRSKD(batch_norm=False),
     "KD": lambda: KD(Net().double()),
     "ONE": lambda: ONE(gate_norm=False),
     "SAD": lambda: SAD(),

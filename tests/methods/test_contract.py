@@ -10,7 +10,7 @@ from torch import nn
 import attar
 from architectures import ARCHITECTURES, Architecture
 from attar.method import Method
-from attar.methods import CSKD, DDGSD, KD, ONE, SAD, Supervised, TfKD
+from attar.methods import CSKD, DDGSD, FRSKD, KD, ONE, SAD, Supervised, TfKD
 from attar.testing import MethodContract
 
 
@@ -29,6 +29,7 @@ def small_teacher(classes: int) -> nn.Module:
 METHODS: dict[str, Callable[[int], Method]] = {
     "CSKD": lambda classes: CSKD(),
     "DDGSD": lambda classes: DDGSD(),
+    "FRSKD": lambda classes: FRSKD(),
     "KD": lambda classes: KD(small_teacher(classes)),
     "ONE": lambda classes: ONE(branches=2),
     "SAD": lambda classes: SAD(),

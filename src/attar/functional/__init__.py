@@ -3,7 +3,9 @@
 from attar.functional.attention import attention_map, attention_transfer, flat_map, resized_map
 from attar.functional.layers import layer_pairs, linear_ramp
 from attar.functional.logits import ensemble_log_probs, full_precision, gated_logits, kl_divergence, sigmoid_ramp
-from attar.functional.world import gathered
+from attar.functional.mmd import linear_mmd
+from attar.functional.neighbours import nearest, squared_distances
+from attar.functional.world import gathered, rank_and_world
 
 __all__ = [
     "attention_map",
@@ -15,7 +17,11 @@ __all__ = [
     "gathered",
     "kl_divergence",
     "layer_pairs",
+    "linear_mmd",
     "linear_ramp",
+    "nearest",
+    "rank_and_world",
     "resized_map",
     "sigmoid_ramp",
+    "squared_distances",
 ]

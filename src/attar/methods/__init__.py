@@ -2,14 +2,16 @@
 
 from attar.method import Method
 from attar.methods.cs_kd import CSKD
+from attar.methods.ddgsd import DDGSD
 from attar.methods.frskd import FRSKD
 from attar.methods.kd import KD
 from attar.methods.one import ONE
+from attar.methods.oskd import OSKD
 from attar.methods.sad import SAD
 from attar.methods.supervised import Supervised
 from attar.methods.tf_kd import TfKD
 
-__all__ = ["CSKD", "FRSKD", "KD", "ONE", "SAD", "Supervised", "TfKD", "available", "find"]
+__all__ = ["CSKD", "DDGSD", "FRSKD", "KD", "ONE", "OSKD", "SAD", "Supervised", "TfKD", "available", "find"]
 
 
 def available() -> dict[str, type[Method]]:
