@@ -17,7 +17,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 import attar
 from attar.method import Method
-from attar.methods import CSKD, DDGSD, FRSKD, KD, ONE, SAD, Supervised, TfKD
+from attar.methods import CSKD, DDGSD, FRSKD, KD, ONE, OSKD, SAD, Supervised, TfKD
 from networks import IMAGES, LABELS, Net
 
 METHODS: dict[str, Callable[[], Method]] = {
@@ -27,6 +27,7 @@ METHODS: dict[str, Callable[[], Method]] = {
     "KD": lambda: KD(Net().double()),
     "ONE": lambda: ONE(gate_norm=False),
     "SAD": lambda: SAD(),
+    "OSKD": lambda: OSKD(k=1),
     "Supervised": lambda: Supervised(label_smoothing=0.1),
     "TfKD": lambda: TfKD(),
 }

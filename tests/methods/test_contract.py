@@ -10,7 +10,7 @@ from torch import nn
 import attar
 from architectures import ARCHITECTURES, Architecture
 from attar.method import Method
-from attar.methods import CSKD, DDGSD, FRSKD, KD, ONE, SAD, Supervised, TfKD
+from attar.methods import CSKD, DDGSD, FRSKD, KD, ONE, OSKD, SAD, Supervised, TfKD
 from attar.testing import MethodContract
 
 
@@ -33,6 +33,7 @@ METHODS: dict[str, Callable[[int], Method]] = {
     "KD": lambda classes: KD(small_teacher(classes)),
     "ONE": lambda classes: ONE(branches=2),
     "SAD": lambda classes: SAD(),
+    "OSKD": lambda classes: OSKD(),
     "Supervised": lambda classes: Supervised(label_smoothing=0.1),
     "TfKD": lambda classes: TfKD(),
 }
