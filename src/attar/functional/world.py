@@ -6,7 +6,14 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-__all__ = ["gathered"]
+__all__ = ["gathered", "rank_and_world"]
+
+
+def rank_and_world() -> tuple[int, int]:
+    """Return the number of this process and how many share the batch: (0, 1) alone."""
+    if dist.is_available() and dist.is_initialized():
+        return dist.get_rank(), dist.get_world_size()
+    return 0, 1
 
 
 def gathered(tensor: Tensor) -> Tensor:
@@ -18,10 +25,11 @@ def gathered(tensor: Tensor) -> Tensor:
 
     Alone, or outside `torch.distributed`, it is the tensor itself. All ranks must hold equally many samples.
     """
-    if not (dist.is_available() and dist.is_initialized()) or dist.get_world_size() == 1:
+    _, world = rank_and_world()
+    if world == 1:
         return tensor
     if not tensor.requires_grad:
-        parts = [torch.empty_like(tensor) for _ in range(dist.get_world_size())]
+        parts = [torch.empty_like(tensor) for _ in range(world)]
         dist.all_gather(parts, tensor.contiguous())
         return torch.cat(parts)
     from torch.distributed.nn.functional import all_gather
