@@ -17,7 +17,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 import attar
 from attar.method import Method
-from attar.methods import CSKD, DDGSD, FRSKD, KD, ONE, OSKD, SAD, Supervised, TfKD
+from attar.methods import CSKD, DDGSD, FRSKD, KD, ONE, OSAKD, OSKD, SAD, SPKD, Supervised, TfKD
 from networks import IMAGES, LABELS, Net
 
 METHODS: dict[str, Callable[[], Method]] = {
@@ -26,8 +26,10 @@ METHODS: dict[str, Callable[[], Method]] = {
     "FRSKD": lambda: FRSKD(batch_norm=False),
     "KD": lambda: KD(Net().double()),
     "ONE": lambda: ONE(gate_norm=False),
-    "SAD": lambda: SAD(),
+    "OSAKD": lambda: OSAKD(k=2),
     "OSKD": lambda: OSKD(k=1),
+    "SAD": lambda: SAD(),
+    "SPKD": lambda: SPKD(),
     "Supervised": lambda: Supervised(label_smoothing=0.1),
     "TfKD": lambda: TfKD(),
 }

@@ -10,7 +10,7 @@ from torch import nn
 import attar
 from architectures import ARCHITECTURES, Architecture
 from attar.method import Method
-from attar.methods import CSKD, DDGSD, FRSKD, KD, ONE, OSKD, SAD, Supervised, TfKD
+from attar.methods import CSKD, DDGSD, FRSKD, KD, ONE, OSAKD, OSKD, SAD, SPKD, Supervised, TfKD
 from attar.testing import MethodContract
 
 
@@ -32,8 +32,10 @@ METHODS: dict[str, Callable[[int], Method]] = {
     "FRSKD": lambda classes: FRSKD(),
     "KD": lambda classes: KD(small_teacher(classes)),
     "ONE": lambda classes: ONE(branches=2),
-    "SAD": lambda classes: SAD(),
+    "OSAKD": lambda classes: OSAKD(k=2),
     "OSKD": lambda classes: OSKD(),
+    "SAD": lambda classes: SAD(),
+    "SPKD": lambda classes: SPKD(),
     "Supervised": lambda classes: Supervised(label_smoothing=0.1),
     "TfKD": lambda classes: TfKD(),
 }

@@ -13,21 +13,10 @@ from attar.errors import AttarError
 from attar.functional import nearest, squared_distances
 from attar.methods import OSKD
 from attar.sampling import Balanced
-from networks import IMAGES, LABELS, Net
+from networks import IMAGES, LABELS, Answers, Net
 
 Z = torch.tensor([[2, 0, 0], [1, 1, 0], [3, 0, 1], [0, 2, 0], [0, 1, 1], [0, 0, 2]], dtype=torch.float64)
 Y = torch.tensor([0, 0, 0, 1, 1, 2])
-
-
-class Answers(nn.Module):
-    """Answers with the flattened image: logits can be chosen, and get a gradient."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.stage = nn.Conv2d(1, 1, 1, dtype=torch.float64)
-
-    def forward(self, images: Tensor) -> Tensor:
-        return images.flatten(1) + 0.0 * self.stage(images).sum()
 
 
 def terms(z: Tensor, labels: Tensor, progress: float = 0.5, **options: Any) -> attar.Terms:

@@ -6,12 +6,28 @@ from attar.methods.ddgsd import DDGSD
 from attar.methods.frskd import FRSKD
 from attar.methods.kd import KD
 from attar.methods.one import ONE
+from attar.methods.osakd import OSAKD
 from attar.methods.oskd import OSKD
 from attar.methods.sad import SAD
+from attar.methods.spkd import SPKD
 from attar.methods.supervised import Supervised
 from attar.methods.tf_kd import TfKD
 
-__all__ = ["CSKD", "DDGSD", "FRSKD", "KD", "ONE", "OSKD", "SAD", "Supervised", "TfKD", "available", "find"]
+__all__ = [
+    "CSKD",
+    "DDGSD",
+    "FRSKD",
+    "KD",
+    "ONE",
+    "OSAKD",
+    "OSKD",
+    "SAD",
+    "SPKD",
+    "Supervised",
+    "TfKD",
+    "available",
+    "find",
+]
 
 
 def available() -> dict[str, type[Method]]:
