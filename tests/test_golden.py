@@ -28,7 +28,8 @@ from attar.functional import (
     sigmoid_ramp,
 )
 from attar.method import Method
-from attar.methods import CSKD, DDGSD, FRSKD, KD, ONE, SAD, TfKD
+from attar.functional.label_augmentation import Transform, joint_labels, transformed
+from attar.methods import CSKD, DDGSD, FRSKD, KD, ONE, SAD, SLA, SPKD, TfKD
 
 DIRECTORY = Path(os.environ.get("ATTAR_GOLDEN") or Path(__file__).parent / "golden")
 Tensors = dict[str, Tensor]
@@ -447,16 +448,88 @@ def ddgsd(hyper: dict[str, Any], t: Tensors, mode: str) -> None:
     assert_golden(features.grad, t["grad64.features"], "gradient of the features")
 
 
+def spkd(hyper: dict[str, Any], t: Tensors, mode: str) -> None:
+    assert not hyper, f"no handler for variant {hyper}"
+    student, teacher = leaf(t["in.f_s"]), leaf(t["in.f_t"])
+    loss = _between_stages(SPKD(), [student, teacher], size=(16, 16))
+    loss.backward()
+    assert_golden(loss, t["out64.loss"], "loss")
+    assert_golden(student.grad, t["grad64.f_s"], "gradient of the student's features")
+    assert teacher.grad is None
+
+
+class _Versions(nn.Module):
+    """Knows which version of which image it sees, and answers with stored joint and single logits.
+
+    Image b is b + 1 times a pattern whose every transformation looks different.
+    """
+
+    def __init__(self, pattern: Tensor, transform: Transform, joint: Tensor, single: Tensor) -> None:
+        super().__init__()
+        self.flat = nn.Flatten()
+        self.patterns = transformed(pattern, transform)[0].flatten(1)
+        self.rows = torch.cat([joint, single], dim=1)
+        width, classes = self.rows.shape[1], single.shape[1]
+        self.head = nn.Linear(width, classes, bias=False, dtype=torch.float64)
+        self.head.weight.data = torch.eye(width, dtype=torch.float64)[-classes:]
+
+    def forward(self, images: Tensor) -> Tensor:
+        seen = self.flat(images)
+        number = (seen.sum(1) / self.patterns[0].sum()).round()
+        version = (seen[:, None] / number[:, None, None] - self.patterns).abs().sum(2).argmin(1)
+        return self.head(self.rows[(number.long() - 1) * len(self.patterns) + version])
+
+
+def sla(hyper: dict[str, Any], t: Tensors, mode: str) -> None:
+    n, variant = hyper["n"], hyper["variant"]
+    if variant == "transform":
+        versions = transformed(t["in.images"].double(), hyper["transform"])
+        assert versions.shape[1] == n
+        assert_golden(versions, t["out.transformed"], "versions")
+        return
+    assert variant in ("sla", "sd"), f"no handler for variant {variant}"
+    transform: Transform = {2: "rotation2", 4: "rotation", 6: "color_perm"}[n]
+    labels, joint = t["in.labels"], leaf(t["in.joint"])
+    distil = variant == "sd"
+    single = leaf(t["in.single"]) if distil else torch.zeros(len(joint), joint.shape[1] // n, dtype=torch.float64)
+    assert_golden(joint_labels(labels, n).double(), t["out.joint_labels"], "joint labels")
+    pattern = torch.rand(1, 3, 4, 4, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    for passes in ("others", "all"):
+        joint.grad = single.grad = None
+        method = SLA(
+            transform=transform, temperature=hyper["T"], large_loss=hyper["with_large_loss"], distil=distil, passes=passes
+        )  # fmt: skip
+        student = _Versions(pattern, transform, joint, single)
+        distiller = attar.Distiller(student, [method], attar.Classification(single.shape[1]), stages=["flat"])
+        images = pattern * torch.arange(1.0, len(labels) + 1, dtype=torch.float64).view(-1, 1, 1, 1)
+        distiller.build(images).train()
+        method.joint_head.weight.data = torch.eye(student.rows.shape[1], dtype=torch.float64)[: joint.shape[1]]
+        method.joint_head.bias.data.zero_()
+        terms = distiller((images, labels), 0.5)
+        terms.total().backward()
+        assert_golden(terms.total(), t["out64.loss"], "loss")
+        assert_golden(joint.grad, t["grad64.joint"], "gradient of the joint logits")
+        networks = method.deployables(student)
+        assert_golden(networks["aggregated"](images), t["out64.agg"], "aggregated logits")
+        if distil:
+            assert_golden(terms.logits, t["out64.single"], "single logits")
+            assert_golden(single.grad, t["grad64.single"], "gradient of the single logits")
+        else:
+            assert_golden(networks["single"](images), t["out64.single"], "single logits")
+
+
 HANDLERS: dict[str, Callable[[dict[str, Any], Tensors, str], None]] = {
     "at": at,
     "cs_kd": cs_kd,
-    "frskd": frskd,
     "ddgsd": ddgsd,
+    "frskd": frskd,
     "kd": kd,
     "one": one,
     "sad": sad,
     "sad_thirdparty": sad_thirdparty,
     "selfkd_extras": selfkd_extras,
+    "sla": sla,
+    "spkd": spkd,
 }
 
 

@@ -5,11 +5,13 @@ from attar.functional.layers import layer_pairs, linear_ramp
 from attar.functional.logits import ensemble_log_probs, full_precision, gated_logits, kl_divergence, sigmoid_ramp
 from attar.functional.mmd import linear_mmd
 from attar.functional.neighbours import nearest, squared_distances
+from attar.functional.similarity import batch_similarity, similarity_distance
 from attar.functional.world import gathered, rank_and_world
 
 __all__ = [
     "attention_map",
     "attention_transfer",
+    "batch_similarity",
     "ensemble_log_probs",
     "flat_map",
     "full_precision",
@@ -23,5 +25,6 @@ __all__ = [
     "rank_and_world",
     "resized_map",
     "sigmoid_ramp",
+    "similarity_distance",
     "squared_distances",
 ]

@@ -9,6 +9,7 @@ from attar.methods.one import ONE
 from attar.methods.osakd import OSAKD
 from attar.methods.oskd import OSKD
 from attar.methods.sad import SAD
+from attar.methods.sla import SLA
 from attar.methods.spkd import SPKD
 from attar.methods.supervised import Supervised
 from attar.methods.tf_kd import TfKD
@@ -22,6 +23,7 @@ __all__ = [
     "OSAKD",
     "OSKD",
     "SAD",
+    "SLA",
     "SPKD",
     "Supervised",
     "TfKD",
