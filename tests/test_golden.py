@@ -27,9 +27,9 @@ from attar.functional import (
     kl_divergence,
     sigmoid_ramp,
 )
-from attar.method import Method
 from attar.functional.label_augmentation import Transform, joint_labels, transformed
-from attar.methods import CSKD, DDGSD, FRSKD, KD, ONE, SAD, SLA, SPKD, TfKD
+from attar.method import Method
+from attar.methods import CSKD, DDGSD, FRSKD, KD, ONE, PSKD, SAD, SLA, SPKD, TfKD
 
 DIRECTORY = Path(os.environ.get("ATTAR_GOLDEN") or Path(__file__).parent / "golden")
 Tensors = dict[str, Tensor]
@@ -269,9 +269,12 @@ def frskd(hyper: dict[str, Any], t: Tensors, mode: str) -> None:
 
 
 def selfkd_extras(hyper: dict[str, Any], t: Tensors, mode: str) -> None:
-    """Self-KD-Lib's TF_KD_reg; its PS-KD and DKS belong to other methods."""
-    if hyper["method"] in ("pskd", "dks"):
-        pytest.skip(f"{hyper['method']}: attar has no method for these vectors yet")
+    """Self-KD-Lib's TF_KD_reg and PS-KD; its DKS belongs to another method."""
+    if hyper["method"] == "dks":
+        pytest.skip("dks: attar has no method for these vectors yet")
+    if hyper["method"] == "pskd":
+        ps_kd(hyper, t)
+        return
     assert hyper["method"] == "tfkd", f"no handler for method {hyper['method']}"
     student = _Stored(leaf(t["in.logits"]))
     method = TfKD(variant="self-kd-lib", temperature=hyper["T"], true_class=1 - hyper["epsilon"])
@@ -283,6 +286,25 @@ def selfkd_extras(hyper: dict[str, Any], t: Tensors, mode: str) -> None:
     assert terms.weights == {"task": 1.0, "TfKD.cross_entropy": 1.0}
     assert_golden(term, t["out64.loss"], "loss")
     assert_golden(student.logits.grad, t["grad64.logits"], "gradient of the logits")
+
+
+def ps_kd(hyper: dict[str, Any], t: Tensors) -> None:
+    student = _Stored(leaf(t["in.logits"]))
+    samples, classes = t["in.memory"].shape
+    method = PSKD(alpha=hyper["alpha_T"])
+    images = torch.zeros(len(student.logits), 1, 4, 4, dtype=torch.float64)
+    distiller = attar.Distiller(student, [method], attar.Classification(classes), stages=["stage"])
+    distiller.build(images, samples).train()
+    first = hyper["epoch"] == 0
+    if not first:  # in the first epoch the memory has been set to the labels, which an empty one stands for
+        method.memory.copy_(t["in.memory"])
+    progress = (hyper["epoch"] + 1) / hyper["epochs"]
+    terms = distiller(attar.Batch(images, t["in.labels"], t["in.index"]), progress)
+    terms.total().backward()
+    assert_golden(terms.total(), t["out64.loss"], "loss")
+    assert_golden(student.logits.grad, t["grad64.logits"], "gradient of the logits")
+    rows = t["in.index"] if first else slice(None)
+    assert_golden(method.memory[rows], t["out64.memory_after"][rows], "memory")
 
 
 class _Feature(nn.Module):
@@ -466,7 +488,7 @@ class _Versions(nn.Module):
 
     def __init__(self, pattern: Tensor, transform: Transform, joint: Tensor, single: Tensor) -> None:
         super().__init__()
-        self.flat = nn.Flatten()
+        self.stage = nn.Identity()
         self.patterns = transformed(pattern, transform)[0].flatten(1)
         self.rows = torch.cat([joint, single], dim=1)
         width, classes = self.rows.shape[1], single.shape[1]
@@ -474,7 +496,7 @@ class _Versions(nn.Module):
         self.head.weight.data = torch.eye(width, dtype=torch.float64)[-classes:]
 
     def forward(self, images: Tensor) -> Tensor:
-        seen = self.flat(images)
+        seen = self.stage(images).flatten(1)
         number = (seen.sum(1) / self.patterns[0].sum()).round()
         version = (seen[:, None] / number[:, None, None] - self.patterns).abs().sum(2).argmin(1)
         return self.head(self.rows[(number.long() - 1) * len(self.patterns) + version])
@@ -500,7 +522,7 @@ def sla(hyper: dict[str, Any], t: Tensors, mode: str) -> None:
             transform=transform, temperature=hyper["T"], large_loss=hyper["with_large_loss"], distil=distil, passes=passes
         )  # fmt: skip
         student = _Versions(pattern, transform, joint, single)
-        distiller = attar.Distiller(student, [method], attar.Classification(single.shape[1]), stages=["flat"])
+        distiller = attar.Distiller(student, [method], attar.Classification(single.shape[1]), stages=["stage"])
         images = pattern * torch.arange(1.0, len(labels) + 1, dtype=torch.float64).view(-1, 1, 1, 1)
         distiller.build(images).train()
         method.joint_head.weight.data = torch.eye(student.rows.shape[1], dtype=torch.float64)[: joint.shape[1]]

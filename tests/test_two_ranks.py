@@ -17,7 +17,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 import attar
 from attar.method import Method
-from attar.methods import CSKD, DDGSD, FRSKD, KD, ONE, OSAKD, OSKD, SAD, SPKD, Supervised, TfKD
+from attar.methods import CSKD, DDGSD, FRSKD, KD, ONE, OSAKD, OSKD, PSKD, SAD, SPKD, Supervised, TfKD
 from networks import IMAGES, LABELS, Net
 
 METHODS: dict[str, Callable[[], Method]] = {
@@ -30,6 +30,7 @@ METHODS: dict[str, Callable[[], Method]] = {
     "OSKD": lambda: OSKD(k=1),
     "SAD": lambda: SAD(),
     "SPKD": lambda: SPKD(),
+    "PSKD": lambda: PSKD(),
     "Supervised": lambda: Supervised(label_smoothing=0.1),
     "TfKD": lambda: TfKD(),
 }
@@ -37,7 +38,9 @@ METHODS: dict[str, Callable[[], Method]] = {
 
 def built(name: str) -> attar.Distiller:
     torch.manual_seed(0)
-    return attar.Distiller(Net().double(), [METHODS[name]()], attar.Classification(3)).build(IMAGES).train()
+    return (
+        attar.Distiller(Net().double(), [METHODS[name]()], attar.Classification(3)).build(IMAGES, len(IMAGES)).train()
+    )
 
 
 def step(distiller: attar.Distiller, forward: Callable[..., attar.Terms], rows: slice) -> dict[str, Tensor]:
@@ -46,8 +49,11 @@ def step(distiller: attar.Distiller, forward: Callable[..., attar.Terms], rows: 
     labels, index = LABELS[rows].repeat(views), torch.arange(len(IMAGES))[rows].repeat(views)
     batch = attar.Batch(images, labels, index, labels, views)
     partners = dataclasses.replace(batch, images=images.flip(-2))
-    terms = forward(dataclasses.replace(batch, partners=partners), torch.tensor(0.2))
-    terms.total().backward()
+    # Two steps without an update: what a method remembers of the first shows in the second.
+    for _ in range(2):
+        distiller.zero_grad(set_to_none=True)
+        terms = forward(dataclasses.replace(batch, partners=partners), torch.tensor(0.2))
+        terms.total().backward()
     gradients = {f"gradient {name}": p.grad for name, p in distiller.named_parameters() if p.grad is not None}
     return {**gradients, **{f"loss {name}": loss.detach() for name, loss in terms.losses.items()}}
 

@@ -10,7 +10,7 @@ from torch import nn
 import attar
 from architectures import ARCHITECTURES, Architecture
 from attar.method import Method
-from attar.methods import CSKD, DDGSD, FRSKD, KD, ONE, OSAKD, OSKD, SAD, SPKD, Supervised, TfKD
+from attar.methods import CSKD, DDGSD, FRSKD, KD, ONE, OSAKD, OSKD, PSKD, SAD, SPKD, Supervised, TfKD
 from attar.testing import MethodContract
 
 
@@ -36,6 +36,7 @@ METHODS: dict[str, Callable[[int], Method]] = {
     "OSKD": lambda classes: OSKD(),
     "SAD": lambda classes: SAD(),
     "SPKD": lambda classes: SPKD(),
+    "PSKD": lambda classes: PSKD(),
     "Supervised": lambda classes: Supervised(label_smoothing=0.1),
     "TfKD": lambda classes: TfKD(),
 }

@@ -8,7 +8,9 @@ from attar.methods.kd import KD
 from attar.methods.one import ONE
 from attar.methods.osakd import OSAKD
 from attar.methods.oskd import OSKD
+from attar.methods.ps_kd import PSKD
 from attar.methods.sad import SAD
+from attar.methods.scd import SCD
 from attar.methods.sla import SLA
 from attar.methods.spkd import SPKD
 from attar.methods.supervised import Supervised
@@ -22,7 +24,9 @@ __all__ = [
     "ONE",
     "OSAKD",
     "OSKD",
+    "PSKD",
     "SAD",
+    "SCD",
     "SLA",
     "SPKD",
     "Supervised",
