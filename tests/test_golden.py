@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 import attar
+from attar.anatomy.heads import ExitOutput
 from attar.functional import (
     attention_map,
     attention_transfer,
@@ -29,7 +31,7 @@ from attar.functional import (
 )
 from attar.functional.label_augmentation import Transform, joint_labels, transformed
 from attar.method import Method
-from attar.methods import CSKD, DDGSD, FRSKD, KD, ONE, PSKD, SAD, SLA, SPKD, TfKD
+from attar.methods import BYOT, CSKD, DDGSD, FRSKD, KD, ONE, PSKD, SAD, SLA, SPKD, TfKD
 
 DIRECTORY = Path(os.environ.get("ATTAR_GOLDEN") or Path(__file__).parent / "golden")
 Tensors = dict[str, Tensor]
@@ -540,8 +542,123 @@ def sla(hyper: dict[str, Any], t: Tensors, mode: str) -> None:
             assert_golden(networks["single"](images), t["out64.single"], "single logits")
 
 
+def _exits_answer(
+    method: BYOT, t: Tensors, exits: list[int], maps: list[Tensor]
+) -> tuple[attar.Terms, Tensor, Tensor, BYOT]:
+    """Run BYOT on stored logits and features; `exits` are the positions of the shallow ones, the shallowest first."""
+    z, f = leaf(t["in.z"]), leaf(t["in.f"])
+    deep = f[0] if f[0].ndim == 4 else f[0][:, :, None, None]
+    distiller, images = _Staged([*maps, deep], _Answer(z[0])).distiller(method, z.shape[-1])
+    for position, number in enumerate(exits):
+        own = f[number] if f[number].ndim == 4 else f[number][:, :, None, None]
+        method.exits[position] = _Answers(ExitOutput(own, own.mean(dim=(2, 3)), z[number]))
+    for position, adapter in enumerate(method.adapters):
+        adapter.load_state_dict({name: t[f"w.adapt.{exits[position] - 1}.{name}"] for name in ("weight", "bias")})
+    terms = distiller((images, t["in.labels"]), 0.5)
+    terms.total().backward()
+    return terms, z, f, method
+
+
+class _Answers(nn.Module):
+    """A head that returns a stored answer."""
+
+    def __init__(self, answer: ExitOutput) -> None:
+        super().__init__()
+        self.answer = answer
+
+    def forward(self, x: Tensor) -> ExitOutput:
+        return self.answer
+
+
+def _shallow(batch: int, *sizes: tuple[int, int]) -> list[Tensor]:
+    return [torch.zeros(batch, 4, *size, dtype=torch.float64) for size in sizes]
+
+
+def byot(hyper: dict[str, Any], t: Tensors, mode: str) -> None:
+    if hyper["variant"] == "heads":
+        return _byot_heads(t, mode)
+    assert hyper["variant"] == "losses", f"no handler for variant {hyper['variant']}"
+    options = {"alpha": hyper["loss_coefficient"], "hint_weight": hyper["feature_loss_coefficient"]}
+    method = BYOT(form="journal", temperature=hyper["T"], **options)
+    maps = _shallow(t["in.z"].shape[1], (8, 8), (4, 4), (2, 2))
+    terms, z, f, method = _exits_answer(method, t, [3, 2, 1], maps)
+    assert_golden(terms.total(), t["out64.loss"], "loss")
+    assert_golden(z.grad, t["grad64.z"], "gradient of the logits")
+    assert_golden(f.grad, t["grad64.f"], "gradient of the features")
+    for number, adapter in zip((2, 1), method.adapters, strict=True):
+        assert_golden(adapter.weight.grad, t[f"gw64.adapt.{number}.weight"], f"adaptation layer {number}")
+        assert_golden(adapter.bias.grad, t[f"gw64.adapt.{number}.bias"], f"bias of adaptation layer {number}")
+    # The released code owns a layer for the exit next to the deepest and never uses it; attar makes none.
+    assert not t["gw64.adapt.0.weight"].any()
+    return None
+
+
+def _byot_heads(t: Tensors, mode: str) -> None:
+    maps = [leaf(t[f"in.x{k}"]) for k in (1, 2, 3, 4)]
+    classes, width = t["w.net.fc4.weight"].shape
+    method = BYOT(form="journal")
+    student = _Staged(maps, nn.Linear(width, classes, dtype=torch.float64))
+    distiller, images = student.distiller(method, classes)
+
+    def official(key: str) -> str:
+        """The name of an official tensor in attar's."""
+        part, number, rest = re.fullmatch(r"(attention|scala|fc)(\d)\.(.*)", key).groups()  # type: ignore[union-attr]
+        if part == "fc":
+            return f"student.classifier.{rest}" if number == "4" else f"exits.{int(number) - 1}.classifier.{rest}"
+        rest = rest.replace("op.", "")
+        step, _, rest = rest.partition(".")
+        place = f"0.gate.{step}" if part == "attention" else str(int(step) + 1)
+        return f"exits.{int(number) - 1}.neck.{place}.{rest}"
+
+    own = dict(distiller.named_parameters()) | dict(distiller.named_buffers())
+    names = {}
+    for key in (key.removeprefix("w.net.") for key in t if key.startswith("w.net.")):
+        name = official(key)
+        names[key] = name if name.startswith("student.") else f"methods.BYOT.{name}"
+        with torch.no_grad():
+            own[names[key]].copy_(t[f"w.net.{key}"])
+    unset = {name for name, _ in distiller.named_parameters()} - set(names.values())
+    assert all("adapters" in name for name in unset), f"not in the vectors: {unset}"
+    distiller.train(mode == "train")
+    answers = [exit_(x) for exit_, x in zip(method.exits, maps, strict=False)]
+    outputs = [*((a.logits, a.features) for a in answers), (student(images), maps[3].mean(dim=(2, 3)))]
+    for k, (logits, features) in enumerate(outputs, start=1):
+        assert_golden(logits, t[f"out64.out{k}"], f"logits of exit {k}")
+        assert_golden(features, t[f"out64.feat{k}"], f"features of exit {k}")
+    loss = torch.stack([logits.square().sum() for logits, _ in outputs]).sum()
+    loss.backward()
+    assert_golden(loss, t["out64.loss"], "loss")
+    for k, x in enumerate(maps, start=1):
+        assert_golden(x.grad, t[f"grad64.x{k}"], f"gradient of x{k}")
+    for key, name in names.items():
+        if f"gw64.net.{key}" in t:
+            assert_golden(own[name].grad, t[f"gw64.net.{key}"], f"gradient of {key}")
+
+
+def byot_thirdparty(hyper: dict[str, Any], t: Tensors, mode: str) -> None:
+    batch = t["in.z"].shape[1]
+    if hyper["variant"] == "luan":
+        options = {"alpha": hyper["alpha"], "task_weight": 1 - hyper["alpha"], "hint_weight": hyper["beta"]}
+        method = BYOT(temperature=hyper["T"], soft="cross-entropy", hint="masked-sum", **options)
+        terms, z, f, _ = _exits_answer(method, t, [1, 2, 3], _shallow(batch, (8, 8), (4, 4), (2, 2)))
+        assert_golden(terms.losses["BYOT.kd"], t["out64.kd_sum"], "kd_sum")
+        assert_golden(terms.losses["BYOT.hint"], t["out64.feature_sum"], "feature_sum")
+    else:
+        assert hyper["variant"] == "selfkdlib", f"no handler for variant {hyper['variant']}"
+        method = BYOT(temperature=hyper["T"], alpha=1.0, ce_weight=1.0, hint="map", hint_weight=0.05)
+        terms, z, f, _ = _exits_answer(method, t, [2, 1], _shallow(batch, (8, 12), (4, 6)))
+        losses = {name: terms.weights[name] * loss for name, loss in terms.losses.items()}
+        assert_golden(losses["task"] + losses["BYOT.ce_exits"], t["out64.loss_cls"], "loss_cls")
+        assert_golden(losses["BYOT.kd"] + losses["BYOT.hint"], t["out64.loss_div"], "loss_div")
+    assert_golden(terms.total(), t["out64.loss"], "loss")
+    assert_golden(z.grad, t["grad64.z"], "gradient of the logits")
+    assert_golden(f.grad, t["grad64.f"], "gradient of the features")
+
+
 HANDLERS: dict[str, Callable[[dict[str, Any], Tensors, str], None]] = {
     "at": at,
+    "byot": byot,
+    "byot_thirdparty": byot_thirdparty,
     "cs_kd": cs_kd,
     "ddgsd": ddgsd,
     "frskd": frskd,

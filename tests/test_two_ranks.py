@@ -17,20 +17,42 @@ from torch.nn.parallel import DistributedDataParallel
 
 import attar
 from attar.method import Method
-from attar.methods import CSKD, DDGSD, FRSKD, KD, ONE, OSAKD, OSKD, PSKD, SAD, SPKD, Supervised, TfKD
+from attar.methods import (
+    BYOT,
+    CSKD,
+    DDGSD,
+    DLB,
+    FRSKD,
+    KD,
+    ONE,
+    OSAKD,
+    OSKD,
+    PSKD,
+    SAD,
+    SCD,
+    SLA,
+    SPKD,
+    Supervised,
+    TfKD,
+)
 from networks import IMAGES, LABELS, Net
 
 METHODS: dict[str, Callable[[], Method]] = {
+    # The norm over the whole batch is the hint that must be gathered.
+    "BYOT": lambda: BYOT(form="journal", hint_last=True, head_norm=False),
     "CSKD": lambda: CSKD(),
     "DDGSD": lambda: DDGSD(),
+    "DLB": lambda: DLB(),
     "FRSKD": lambda: FRSKD(batch_norm=False),
     "KD": lambda: KD(Net().double()),
     "ONE": lambda: ONE(gate_norm=False),
     "OSAKD": lambda: OSAKD(k=2),
     "OSKD": lambda: OSKD(k=1),
-    "SAD": lambda: SAD(),
-    "SPKD": lambda: SPKD(),
     "PSKD": lambda: PSKD(),
+    "SAD": lambda: SAD(),
+    "SCD": lambda: SCD(),
+    "SLA": lambda: SLA(),
+    "SPKD": lambda: SPKD(),
     "Supervised": lambda: Supervised(label_smoothing=0.1),
     "TfKD": lambda: TfKD(),
 }

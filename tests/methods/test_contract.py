@@ -10,7 +10,24 @@ from torch import nn
 import attar
 from architectures import ARCHITECTURES, Architecture
 from attar.method import Method
-from attar.methods import CSKD, DDGSD, FRSKD, KD, ONE, OSAKD, OSKD, PSKD, SAD, SPKD, Supervised, TfKD
+from attar.methods import (
+    BYOT,
+    CSKD,
+    DDGSD,
+    DLB,
+    FRSKD,
+    KD,
+    ONE,
+    OSAKD,
+    OSKD,
+    PSKD,
+    SAD,
+    SCD,
+    SLA,
+    SPKD,
+    Supervised,
+    TfKD,
+)
 from attar.testing import MethodContract
 
 
@@ -27,16 +44,20 @@ def small_teacher(classes: int) -> nn.Module:
 
 # One line per method: every method of attar stands here (see the last test).
 METHODS: dict[str, Callable[[int], Method]] = {
+    "BYOT": lambda classes: BYOT(),
     "CSKD": lambda classes: CSKD(),
     "DDGSD": lambda classes: DDGSD(),
+    "DLB": lambda classes: DLB(),
     "FRSKD": lambda classes: FRSKD(),
     "KD": lambda classes: KD(small_teacher(classes)),
     "ONE": lambda classes: ONE(branches=2),
     "OSAKD": lambda classes: OSAKD(k=2),
     "OSKD": lambda classes: OSKD(),
-    "SAD": lambda classes: SAD(),
-    "SPKD": lambda classes: SPKD(),
     "PSKD": lambda classes: PSKD(),
+    "SAD": lambda classes: SAD(),
+    "SCD": lambda classes: SCD(),
+    "SLA": lambda classes: SLA(),
+    "SPKD": lambda classes: SPKD(),
     "Supervised": lambda classes: Supervised(label_smoothing=0.1),
     "TfKD": lambda classes: TfKD(),
 }
