@@ -1,8 +1,10 @@
 """The methods: one file per published method, one import line here."""
 
 from attar.method import Method
+from attar.methods.byot import BYOT
 from attar.methods.cs_kd import CSKD
 from attar.methods.ddgsd import DDGSD
+from attar.methods.dlb import DLB
 from attar.methods.frskd import FRSKD
 from attar.methods.kd import KD
 from attar.methods.one import ONE
@@ -17,8 +19,10 @@ from attar.methods.supervised import Supervised
 from attar.methods.tf_kd import TfKD
 
 __all__ = [
+    "BYOT",
     "CSKD",
     "DDGSD",
+    "DLB",
     "FRSKD",
     "KD",
     "ONE",
