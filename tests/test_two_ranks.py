@@ -18,6 +18,7 @@ from torch.nn.parallel import DistributedDataParallel
 import attar
 from attar.method import Method
 from attar.methods import (
+    BAKE,
     BYOT,
     CSKD,
     DDGSD,
@@ -38,6 +39,7 @@ from attar.methods import (
 from networks import IMAGES, LABELS, Net
 
 METHODS: dict[str, Callable[[], Method]] = {
+    "BAKE": lambda: BAKE(),
     # The norm over the whole batch is the hint that must be gathered.
     "BYOT": lambda: BYOT(form="journal", hint_last=True, head_norm=False),
     "CSKD": lambda: CSKD(),

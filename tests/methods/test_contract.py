@@ -11,6 +11,7 @@ import attar
 from architectures import ARCHITECTURES, Architecture
 from attar.method import Method
 from attar.methods import (
+    BAKE,
     BYOT,
     CSKD,
     DDGSD,
@@ -44,6 +45,7 @@ def small_teacher(classes: int) -> nn.Module:
 
 # One line per method: every method of attar stands here (see the last test).
 METHODS: dict[str, Callable[[int], Method]] = {
+    "BAKE": lambda classes: BAKE(),
     "BYOT": lambda classes: BYOT(),
     "CSKD": lambda classes: CSKD(),
     "DDGSD": lambda classes: DDGSD(),

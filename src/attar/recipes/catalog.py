@@ -7,7 +7,24 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from attar import methods
 from attar.errors import unknown_name
-from attar.recipes import byot, cs_kd, ddgsd, dlb, frskd, kd, one, oskd, ps_kd, sad, scd, sla, spkd, supervised, tf_kd
+from attar.recipes import (
+    bake,
+    byot,
+    cs_kd,
+    ddgsd,
+    dlb,
+    frskd,
+    kd,
+    one,
+    oskd,
+    ps_kd,
+    sad,
+    scd,
+    sla,
+    spkd,
+    supervised,
+    tf_kd,
+)
 from attar.recipes.recipe import FROM_MEMORY, IMAGENET, UNITS, Published, Recipe, methods_of, missing_methods
 
 if TYPE_CHECKING:
@@ -15,7 +32,7 @@ if TYPE_CHECKING:
 
 __all__ = ["RecipeLine", "available", "find", "methods_without_recipe", "recipe_lines", "recipe_table"]
 
-_MODULES = (byot, cs_kd, ddgsd, dlb, frskd, kd, one, oskd, ps_kd, sad, scd, sla, spkd, supervised, tf_kd)
+_MODULES = (bake, byot, cs_kd, ddgsd, dlb, frskd, kd, one, oskd, ps_kd, sad, scd, sla, spkd, supervised, tf_kd)
 
 
 def available() -> dict[str, Callable[[], Recipe]]:
