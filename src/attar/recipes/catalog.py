@@ -86,7 +86,10 @@ def recipe_table() -> Table:
     from rich.table import Table
     from rich.text import Text
 
-    table = Table("recipe", "published", "state", box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="bold")
+    table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="bold")
+    table.add_column("recipe", no_wrap=True)  # what is typed must be readable whole
+    for heading in ("published", "state"):
+        table.add_column(heading)
     for line in recipe_lines():
         table.add_row(*map(Text, (line.name, line.published, line.state)))
     table.caption = f"?: {FROM_MEMORY}"
