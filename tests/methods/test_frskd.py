@@ -266,21 +266,21 @@ def test_feature_loss_invariances_and_bound(seed: int, scale: float, side: int, 
     for size in (2 * side, side):
         features.append(torch.randn(samples, 4, size, size, generator=generator, dtype=torch.float64).relu())
         refined.append(torch.randn(samples, 6, size, size, generator=generator, dtype=torch.float64))
-    loss = method._feature_loss(None, features, refined)  # type: ignore[arg-type]
+    loss = method._feature_loss(features, refined)
     assert 0 <= loss <= sum(2 / f[0, 0].numel() for f in features) + 1e-12
-    scaled = method._feature_loss(None, [scale * f for f in features], refined)  # type: ignore[arg-type]
+    scaled = method._feature_loss([scale * f for f in features], refined)
     torch.testing.assert_close(scaled, loss)
-    scaled = method._feature_loss(None, features, [scale * t for t in refined])  # type: ignore[arg-type]
+    scaled = method._feature_loss(features, [scale * t for t in refined])
     torch.testing.assert_close(scaled, loss)
     order = torch.randperm(4, generator=generator)
-    permuted = method._feature_loss(None, [f[:, order] for f in features], refined)  # type: ignore[arg-type]
+    permuted = method._feature_loss([f[:, order] for f in features], refined)
     torch.testing.assert_close(permuted, loss)
-    assert method._feature_loss(None, [3 * t.relu() for t in refined], refined) < 1e-20  # type: ignore[arg-type]
+    assert method._feature_loss([3 * t.relu() for t in refined], refined) < 1e-20
 
 
 def test_maps_of_another_size_are_no_silent_broadcast() -> None:
     with pytest.raises(ValueError, match="cannot be compared"):
-        FRSKD()._feature_loss(None, [torch.rand(2, 3, 4, 4)], [torch.rand(2, 3, 1, 1)])  # type: ignore[arg-type]
+        FRSKD()._feature_loss([torch.rand(2, 3, 4, 4)], [torch.rand(2, 3, 1, 1)])
 
 
 def test_schedules() -> None:
@@ -342,6 +342,71 @@ def test_od_reads_what_the_last_relu_takes(model: Any, last: str | None) -> None
         assert torch.equal(outputs[tap].relu(), outputs[stage.tap])
 
 
+SQUARE = torch.randn(4, 3, 20, 20, dtype=torch.float64, generator=torch.Generator().manual_seed(4))
+
+
+def test_joint_labels_by_hand() -> None:
+    """frskd.md's FRSKD+SLA: second passes of both networks on four rotations, image after image."""
+    torch.manual_seed(0)
+    method = FRSKD(joint_labels=True)
+    distiller = attar.Distiller(ReLUNet(), [method], attar.Classification(3)).double().build(SQUARE).train()
+    terms = distiller((SQUARE, ODD_LABELS), 1.0)
+    losses, student = terms.losses, distiller.student
+    rotated = torch.stack([torch.rot90(SQUARE, k, (2, 3)) for k in range(4)], 1).flatten(0, 1)
+    targets = torch.stack([4 * ODD_LABELS + k for k in range(4)], 1).flatten()
+
+    def run(images: Tensor) -> tuple[list[Tensor], list[Tensor], Tensor]:
+        low = student.low(images)
+        middle = student.middle(low)
+        maps = [low, middle, student.high(middle)]
+        refined, logits = method.self_teacher(maps)
+        return maps, [t.relu() for t in refined], logits
+
+    (f, t, z_t), (f4, t4, _) = run(SQUARE), run(rotated)
+    z = terms.logits
+    joint, joint_t = method.student_joint(f4[-1].mean((2, 3))), method.teacher_joint(t4[-1].mean((2, 3)))
+    ce = nn.functional.cross_entropy
+    torch.testing.assert_close(losses["FRSKD.joint"], ce(joint, targets) + ce(joint_t, targets))
+    u, u_t = (torch.stack([x.unflatten(0, (4, 4))[:, k, k::4] for k in range(4)]).mean(0) for x in (joint, joint_t))
+    both = kl_divergence(z, u, 4.0) + kl_divergence(z_t, u_t, 4.0)
+    torch.testing.assert_close(losses["FRSKD.joint_kl"], both)
+    torch.testing.assert_close(losses["FRSKD.kl"], (kl_divergence(z, z_t, 4.0) + kl_divergence(u, u_t, 4.0)) / 2)
+    by_hand = sum(
+        (attention_transfer(a, b) + 4 * attention_transfer(a4, b4)) / 5
+        for a, b, a4, b4 in zip(f, t, f4, t4, strict=True)
+    )
+    torch.testing.assert_close(losses["FRSKD.features"], by_hand)
+    weights = {name: float(weight) for name, weight in terms.weights.items()}
+    own = {"FRSKD.kl": 2.0, "FRSKD.features": 100.0, "FRSKD.joint": 1.0, "FRSKD.joint_kl": 1.0}
+    assert weights == {"task": 1.0, "FRSKD.ce_teacher": 1.0, **own}
+
+
+def test_joint_labels_gradients_and_way_back() -> None:
+    torch.manual_seed(0)
+    method = FRSKD(joint_labels=True, features="od", beta=1e-3)
+    distiller = attar.Distiller(ReLUNet(), [method], attar.Classification(3)).double().build(SQUARE).train()
+    terms = distiller((SQUARE, ODD_LABELS), 1.0)
+    kl, joint_kl = terms.losses["FRSKD.kl"], terms.losses["FRSKD.joint_kl"]
+    for part in (method.self_teacher, method.teacher_joint):
+        assert all(g is None for g in gradients(kl, part).values())
+    for part in (method.student_joint, method.teacher_joint):  # the aggregates teach: they are constants
+        assert all(g is None for g in gradients(joint_kl, part).values())
+    assert any(g is not None and g.any() for g in gradients(joint_kl, method.self_teacher).values())
+    terms.total().backward()
+    assert all(p.grad is not None and p.grad.isfinite().all() for p in distiller.parameters())
+    assert list(distiller.strip().state_dict()) == list(ReLUNet().state_dict())
+
+
+def test_joint_labels_are_refused_where_they_cannot_be() -> None:
+    with pytest.raises(AttarError, match="both set the joint labels"):
+        attar.Distiller(ReLUNet(), [FRSKD(joint_labels=True), attar.methods.SLA()], attar.Classification(3))
+    methods = [FRSKD(joint_labels=True), attar.methods.Supervised(cutmix=1.0)]
+    with pytest.raises(AttarError, match="FRSKD needs labels"):
+        attar.Distiller(ReLUNet(), methods, attar.Classification(3))
+    with pytest.raises(AttarError, match="not 26 x 22"):
+        built(FRSKD(joint_labels=True))
+
+
 def test_mixed_targets_reach_both_networks() -> None:
     methods = [FRSKD(), attar.methods.Supervised(mixup=0.2)]
     torch.manual_seed(0)
@@ -357,6 +422,23 @@ def test_mixed_targets_reach_both_networks() -> None:
     assert soft.shape == (4, 3)
     for name, logits in (("task", terms.logits), ("FRSKD.ce_teacher", heard[0])):
         torch.testing.assert_close(terms.losses[name], nn.functional.cross_entropy(logits, soft.double()))
+
+
+def test_it_shares_one_pass_with_scd() -> None:
+    torch.manual_seed(0)
+    methods = [FRSKD(), attar.methods.SCD()]
+    distiller = attar.Distiller(ReLUNet(), methods, attar.Classification(3)).double().build(ODD).train()
+    passes: list[int] = []
+    handle = distiller.student.register_forward_hook(lambda module, args, output: passes.append(len(args[0])))
+    terms = distiller((ODD, ODD_LABELS), 0.5)
+    handle.remove()
+    assert passes == [4]
+    assert {name.partition(".")[0] for name in terms.losses} == {"task", "FRSKD", "SCD"}
+    terms.total().backward()
+    assert all(p.grad is not None and p.grad.isfinite().all() for p in distiller.parameters())
+    alone = built(FRSKD())((ODD, ODD_LABELS), 0.5)
+    for name, loss in alone.losses.items():
+        torch.testing.assert_close(terms.losses[name], loss, msg=name)
 
 
 @pytest.mark.parametrize(

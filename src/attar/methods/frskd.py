@@ -14,7 +14,9 @@ from attar.anatomy import Anatomy, Stage, Tap
 from attar.anatomy.bifpn import BiFPN, PointwiseBlock
 from attar.errors import AttarError
 from attar.functional import attention_transfer, full_precision, kl_divergence, sigmoid_ramp
+from attar.functional.label_augmentation import aggregated_logits, joint_labels, transformed
 from attar.method import Batch, Method, Outputs, Probe
+from attar.methods.sla import check_transform
 
 __all__ = ["FRSKD", "SelfTeacher"]
 
@@ -35,12 +37,16 @@ class FRSKD(Method):
     the self-teacher; F_i enters it with its gradient, so `ce_teacher` also trains the student's stages.
     Other L_F: "fit" is sum_i mean (relu(bn(conv F_i)) - sg T_i)^2; "od" is the overhaul's partial L2 on maps before
     ReLU, sum_i 2^(i-n) (1/N) sum [s > t or t > 0] (s - t)^2, s = bn(conv F_i), t = max(sg T_i, margin).
+    With `joint_labels` (the paper's FRSKD+SLA) both networks also pass four rotations, have joint heads as in `SLA`
+    with aggregates u and u_t, and `joint` is their two cross-entropies, `joint_kl` KL(u || z) + KL(u_t || z_t) as in
+    `kl`; `kl` is then the mean over (z, z_t) and (u, u_t), L_F over plain and rotated maps.
 
     Shapes: maps [N, c_i, h_i, w_i] -> [N, d_i, h_i, w_i], d_i = max(8, round(w c_i)); logits [N, K]. Unit: nats (kl,
     cross-entropies), none (features). Data: one view, labels or soft targets (mixing applies to both networks alike).
+    Together with the method `SLA`, that one teaches the student alone.
 
     Cost: parameters and multiply-adds of the self-teacher while training: on CIFAR ResNet-18 0.57 and 0.71 times the
-    student's. Deployed: nothing.
+    student's; five times everything with `joint_labels`. Deployed: nothing.
 
     When it helps: networks with several resolutions, most on fine-grained images; much of the published gain on
     CIFAR-100 is over a weak baseline (73.8 %); against a stronger one (76.2 %) a re-run gained 0.4. Little to refine
@@ -60,6 +66,8 @@ class FRSKD(Method):
         depth: separable convolutions of every node.
         levels: how many of the last stages are used; default: all.
         detach_teacher_input: stop the gradient of `ce_teacher` at the maps; the released code does not.
+        joint_labels: rotations and joint labels for student and self-teacher.
+        joint_weight: multiplies `joint_kl`.
         start: share of the run before `kl` and `features` are switched on.
         ramp: share of the run over which they then grow by exp(-5 (1 - t)^2), t from 0 to 1; 0: at once.
         batch_norm: in the self-teacher, as published; without it the loss is a mean over samples and does not depend
@@ -91,6 +99,8 @@ class FRSKD(Method):
         depth: int = 2,
         levels: int | None = None,
         detach_teacher_input: bool = False,
+        joint_labels: bool = False,
+        joint_weight: float = 1.0,
         start: float = 0.0,
         ramp: float = 0.0,
         batch_norm: bool = True,
@@ -122,6 +132,10 @@ class FRSKD(Method):
         self.width, self.max_channels, self.min_channels = width, max_channels, min_channels
         self.channels, self.depth, self.levels = channels, depth, levels
         self.detach_teacher_input = detach_teacher_input
+        self.joint_labels, self.joint_weight = joint_labels, joint_weight
+        if joint_labels:
+            self.needs = frozenset({"labels"})  # type: ignore[misc]  # a need of this option alone
+            self.claims = {"joint labels": "FRSKD with joint_labels contains SLA"}
         self.start, self.ramp = start, ramp
         self.batch_norm = batch_norm
         self._stages: tuple[Stage, ...] = ()
@@ -143,6 +157,10 @@ class FRSKD(Method):
             inputs, widths, depth=self.depth, convolved=self.pyramid == "bifpnc", batch_norm=self.batch_norm
         )
         self.self_teacher = SelfTeacher(pyramid, widths[-1], probe.task.num_classes)
+        if self.joint_labels:
+            check_transform("FRSKD with joint_labels", "rotation", *probe.anatomy.input_shape)
+            self.student_joint = nn.Linear(probe.anatomy.embedding_dim, 4 * probe.task.num_classes)
+            self.teacher_joint = nn.Linear(widths[-1], 4 * probe.task.num_classes)
         if self.features in ("fit", "od"):
             self.regressors = nn.ModuleList(
                 PointwiseBlock(c, d, activated=self.features == "fit", batch_norm=self.batch_norm)
@@ -160,41 +178,62 @@ class FRSKD(Method):
         return [max(self.min_channels, round(width * c)) for c in inputs]
 
     def taps(self, anatomy: Anatomy) -> Sequence[Tap]:
-        """The stages that the pyramid takes; for "od" also what their last ReLU took."""
-        return [*(stage.tap for stage in self._stages), *self._before_relu]
+        """The stages that the pyramid takes; for "od" what their last ReLU took, for joint labels the embedding."""
+        own = [*(stage.tap for stage in self._stages), *self._before_relu]
+        return [*own, *super().taps(anatomy)] if self.joint_labels else own
 
     def losses(self, outputs: Outputs, batch: Batch, progress: Tensor) -> dict[str, Tensor]:
-        """Return `ce_teacher`, `kl` and, unless they are "none", `features`."""
-        maps = [outputs[stage.tap] for stage in self._stages]
-        refined, logits = self.self_teacher([m.detach() for m in maps] if self.detach_teacher_input else maps)
-        losses = {
-            "ce_teacher": outputs.task_loss(logits, batch.targets),
-            "kl": kl_divergence(outputs.logits, logits, self.temperature),
-        }
+        """Return `ce_teacher`, `kl`, unless they are "none" `features`, and with joint labels `joint`, `joint_kl`."""
+        maps, refined, logits = self._refine(outputs)
+        losses = {"ce_teacher": outputs.task_loss(logits, batch.targets)}
+        student, teacher = outputs.logits, logits
+        if self.joint_labels:
+            turned = outputs.student(transformed(outputs.images, "rotation").flatten(0, 1))
+            turned_maps, turned_refined, _ = self._refine(turned)
+            joint = self.student_joint(turned.embedding), self.teacher_joint(_pooled(turned_refined))
+            losses["joint"] = torch.stack([_joint_loss(u, batch) for u in joint]).sum()
+            u, u_t = (aggregated_logits(x, 4) for x in joint)
+            kl = [kl_divergence(student, u, self.temperature), kl_divergence(teacher, u_t, self.temperature)]
+            losses["joint_kl"] = torch.stack(kl).sum()
+            student, teacher = torch.cat([student, u]), torch.cat([teacher, u_t])
+            maps = [torch.cat(pair) for pair in zip(maps, turned_maps, strict=True)]
+            refined = [torch.cat(pair) for pair in zip(refined, turned_refined, strict=True)]
+        losses["kl"] = kl_divergence(student, teacher, self.temperature)
         if self.features != "none":
-            losses["features"] = self._feature_loss(outputs, maps, [t.detach() for t in refined])
+            losses["features"] = self._feature_loss(maps, [t.detach() for t in refined])
         return losses
 
-    def _feature_loss(self, outputs: Outputs, maps: Sequence[Tensor], refined: Sequence[Tensor]) -> Tensor:
+    def _refine(self, outputs: Outputs) -> tuple[list[Tensor], list[Tensor], Tensor]:
+        """Return the student's maps that the feature loss reads, the refined ones and the self-teacher's logits."""
+        maps = [outputs[stage.tap] for stage in self._stages]
+        refined, logits = self.self_teacher([m.detach() for m in maps] if self.detach_teacher_input else maps)
+        return [outputs[tap] for tap in self._before_relu] or maps, refined, logits
+
+    def _feature_loss(self, maps: Sequence[Tensor], refined: Sequence[Tensor]) -> Tensor:
         if self.features == "at":
             levels = [attention_transfer(f, t.relu()) for f, t in zip(maps, refined, strict=True)]
-        elif self.features == "fit":
-            guided = [regress(f) for regress, f in zip(self.regressors, maps, strict=True)]
+            return torch.stack(levels).sum()
+        guided = [regress(f) for regress, f in zip(self.regressors, maps, strict=True)]
+        if self.features == "fit":
             levels = [_difference(s, t.relu()).square().mean() for s, t in zip(guided, refined, strict=True)]
-        else:
-            levels = []
-            for i, (tap, t) in enumerate(zip(self._before_relu, refined, strict=True)):
-                t = torch.maximum(t, getattr(self, f"margin_{i}").to(t.dtype))
-                difference = _difference(self.regressors[i](outputs[tap]), t)
-                counted = difference.square() * ((difference > 0) | (t > 0))
-                levels.append(counted.sum() / (len(t) * 2 ** (len(refined) - 1 - i)))
+            return torch.stack(levels).sum()
+        levels = []
+        for i, (s, t) in enumerate(zip(guided, refined, strict=True)):
+            t = torch.maximum(t, getattr(self, f"margin_{i}").to(t.dtype))
+            difference = _difference(s, t)
+            counted = difference.square() * ((difference > 0) | (t > 0))
+            levels.append(counted.sum() / (len(t) * 2 ** (len(refined) - 1 - i)))
         return torch.stack(levels).sum()
 
     def weights(self, progress: Tensor) -> Mapping[str, float | Tensor]:
         """Constant as published for classification, or switched on at `start` and ramped."""
         on = (progress >= self.start) * sigmoid_ramp(progress - self.start, self.ramp)
-        weights = {"kl": self.alpha * on, "features": self.beta * on}
-        return weights if self.features != "none" else {"kl": weights["kl"]}
+        weights: dict[str, float | Tensor] = {"kl": self.alpha * on}
+        if self.features != "none":
+            weights["features"] = self.beta * on
+        if self.joint_labels:
+            weights["joint_kl"] = self.joint_weight
+        return weights
 
 
 class SelfTeacher(nn.Module):
@@ -208,7 +247,17 @@ class SelfTeacher(nn.Module):
     def forward(self, maps: Sequence[Tensor]) -> tuple[list[Tensor], Tensor]:
         """Return the refined maps before their last ReLU, and the logits."""
         refined = self.pyramid(maps)
-        return refined, self.classifier(refined[-1].relu().mean(dim=(2, 3)))
+        return refined, self.classifier(_pooled(refined))
+
+
+def _pooled(refined: Sequence[Tensor]) -> Tensor:
+    return refined[-1].relu().mean(dim=(2, 3))
+
+
+def _joint_loss(joint: Tensor, batch: Batch) -> Tensor:
+    if batch.labels is None:
+        raise AttarError("FRSKD with joint_labels needs class indices, but the batch has soft or mixed targets alone.")
+    return nn.functional.cross_entropy(full_precision(joint), joint_labels(batch.labels, 4))
 
 
 def _difference(student: Tensor, target: Tensor) -> Tensor:

@@ -84,8 +84,9 @@ class SLA(Method):
         self.distil = distil
         self.passes = passes
         self.versions = versions_of(transform)
+        self.claims = {"joint labels": "SLA teaches them to the student"}
         if not distil:
-            self.claims = {"task weight": "SLA without distillation trains its joint head alone"}
+            self.claims |= {"task weight": "SLA without distillation trains its joint head alone"}
         self._classifier: str | None = None
 
     def build(self, probe: Probe) -> None:

@@ -20,6 +20,8 @@ __all__ = [
     "frskd_resnet18_cifar100",
     "frskd_resnet18_cifar100_cutmix",
     "frskd_resnet18_cifar100_without_features",
+    "frskd_sla_resnet18_cifar100",
+    "frskd_sla_wrn_16_2_cifar100",
     "frskd_wrn_16_2_cifar100",
 ]
 
@@ -27,6 +29,9 @@ PAPER = "FRSKD (Ji et al., CVPR 2021, arXiv 2103.08273)"
 READ = "read off the paper's Table 7"
 SUMMARY = "quoted by a written summary of the paper"
 RERUN = "README of winycg/Self-KD-Lib"
+
+# Batch norm and ReLU stand behind each group in the next group's first block: what the authors' taps are.
+_WRN_STAGES = ("layer2.0.act1", "layer3.0.act1", "act")
 
 _SELECTION = (
     "The released code logs the test accuracy of every epoch and the paper does not say which it reports; here 2 % of "
@@ -103,16 +108,14 @@ def frskd_resnet18_cifar100_without_features() -> Recipe:
 
 def frskd_wrn_16_2_cifar100() -> Recipe:
     """WRN-16-2 on CIFAR-100."""
-    # Batch norm and ReLU stand behind each group in the next group's first block: what the authors' taps are.
-    stages = ("layer2.0.act1", "layer3.0.act1", "act")
     return Recipe(
         "frskd_wrn_16_2_cifar100",
         "WRN-16-2 on CIFAR-100: plain and FRSKD",
         PAPER,
         "Table 1",
-        _run("cifar_wrn_16_2", _frskd(), stages=stages),
+        _run("cifar_wrn_16_2", _frskd(), stages=_WRN_STAGES),
         (_accuracy("plain", 70.42, FROM_MEMORY), _accuracy("FRSKD", 73.27, FROM_MEMORY)),
-        beside=(_run("cifar_wrn_16_2", stages=stages),),
+        beside=(_run("cifar_wrn_16_2", stages=_WRN_STAGES),),
         notes=(
             "The authors add a batch norm and ReLU behind each group for the self-teacher; here it reads the ones with "
             "which the next group begins.",
@@ -120,6 +123,38 @@ def frskd_wrn_16_2_cifar100() -> Recipe:
             _SELECTION,
         ),
     )
+
+
+def _joint(
+    name: str, title: str, model: str, plain: Published, frskd: Published, joint: float, **fields: Any
+) -> Recipe:
+    method = _frskd(joint_labels=True)
+    return Recipe(
+        name,
+        f"{title} on CIFAR-100: plain, FRSKD and FRSKD+SLA",
+        PAPER,
+        "Table 1",
+        _run(model, method, **fields),
+        (plain, frskd, _accuracy(label_of([method]), joint, FROM_MEMORY)),
+        beside=(_run(model, **fields), _run(model, _frskd(), **fields)),
+        notes=(
+            "Every step passes each image five times, through student and self-teacher: compare at equal cost too.",
+            _WEIGHTS,
+            _SELECTION,
+        ),
+    )
+
+
+def frskd_sla_resnet18_cifar100() -> Recipe:
+    """ResNet-18 on CIFAR-100 with rotations and joint labels in both networks."""
+    figures = (_accuracy("plain", 73.80, READ, 0.60, "Table 7"), _accuracy("FRSKD", 77.71, READ, 0.14, "Table 7"))
+    return _joint("frskd_sla_resnet18_cifar100", "ResNet-18", "cifar_resnet18", *figures, 82.04)
+
+
+def frskd_sla_wrn_16_2_cifar100() -> Recipe:
+    """WRN-16-2 on CIFAR-100 with rotations and joint labels in both networks."""
+    figures = (_accuracy("plain", 70.42, FROM_MEMORY), _accuracy("FRSKD", 73.27, FROM_MEMORY))
+    return _joint("frskd_sla_wrn_16_2_cifar100", "WRN-16-2", "cifar_wrn_16_2", *figures, 75.43, stages=_WRN_STAGES)
 
 
 def frskd_resnet18_cifar100_cutmix() -> Recipe:
