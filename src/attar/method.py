@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -156,7 +156,7 @@ class Method(nn.Module):
     # What only one method of a distiller may do ("task weight", "targets", "sampler"), with the reason in words.
     claims: Mapping[str, str] = {}
     # What the method cannot do without ("labels"), and what it takes from the others.
-    needs: ClassVar[frozenset[str]] = frozenset()
+    needs: frozenset[str] = frozenset()
     breaks: frozenset[str] = frozenset()
 
     @property

@@ -16,6 +16,7 @@ import torch
 
 from attar.errors import AttarError
 from attar.method import Method
+from attar.methods import available
 from attar.spec import TrainSpec
 from attar.train import Interrupted, fit
 from runs import in_child, lines, quiet, tiny, train_in_child
@@ -78,6 +79,20 @@ def test_sigkill_at_random_moments_ends_bit_identical(
     assert killed == 3
     fit(spec, tmp_path / "killed", console=quiet())
     assert_same_run(tmp_path / "killed", tmp_path / "whole")
+
+
+@pytest.mark.parametrize("method", sorted(available()))
+def test_stopped_inside_an_epoch_every_method_ends_bit_identical(
+    method: str, tmp_path: Path, one_run: tuple[Path, TrainSpec, dict[str, Any]]
+) -> None:
+    """Samplers, memories of samples and of the last step, schedules: all of it goes on where it stopped."""
+    options = {"KD": {"teachers": [str(one_run[0])]}, "OSKD": {"sampler": "balanced"}}.get(method, {})
+    spec = tiny({"name": method, "options": options}, train_limit=160, log_every=1)
+    fit(spec, tmp_path / "whole", console=quiet())
+    with pytest.raises(Interrupted):
+        fit(spec, tmp_path / "stopped", console=quiet(), stop_after=len(lines(tmp_path / "whole", "step")) // 2 + 1)
+    fit(spec, tmp_path / "stopped", console=quiet())
+    assert_same_run(tmp_path / "stopped", tmp_path / "whole")
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])

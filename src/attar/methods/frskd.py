@@ -134,7 +134,7 @@ class FRSKD(Method):
         self.detach_teacher_input = detach_teacher_input
         self.joint_labels, self.joint_weight = joint_labels, joint_weight
         if joint_labels:
-            self.needs = frozenset({"labels"})  # type: ignore[misc]  # a need of this option alone
+            self.needs = frozenset({"labels"})  # a need of this option alone
             self.claims = {"joint labels": "FRSKD with joint_labels contains SLA"}
         self.start, self.ramp = start, ramp
         self.batch_norm = batch_norm
