@@ -86,7 +86,7 @@ class BAKE(Method):
         identity = torch.eye(len(g), dtype=g.dtype, device=g.device)
         # No sample is its own neighbour.
         affinity = torch.softmax(g @ g.T - 1e9 * identity, dim=1)
-        spread = torch.linalg.solve(identity - self.omega * affinity, p.to(g.dtype))
+        spread: Tensor = torch.linalg.solve(identity - self.omega * affinity, p.to(g.dtype))
         return (1.0 - self.omega) * spread
 
     def weights(self, progress: Tensor) -> Mapping[str, float | Tensor]:
