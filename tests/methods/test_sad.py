@@ -153,7 +153,7 @@ def test_beside_one_on_one_student_pass() -> None:
 
 
 def test_one_stage_is_refused() -> None:
-    with pytest.raises(AttarError, match=r"only one stage \('low'\), so no layer has a deeper one to imitate"):
+    with pytest.raises(AttarError, match=r"SAD needs two stages with an attention map.* but finds 1"):
         built(SAD(stages=("low",)))
 
 
@@ -170,6 +170,26 @@ def test_a_stage_without_extent_cannot_imitate() -> None:
     distiller = attar.Distiller(Flat().double(), [SAD()], attar.Classification(3), stages=["a", "b"])
     with pytest.raises(AttarError, match=r"stage 'a', which would imitate 'b', has a single position"):
         distiller.build(IMAGES)
+
+
+def test_a_map_of_equal_energy_is_refused_and_what_stands_before_it_taken() -> None:
+    class Normed(Net):
+        def __init__(self) -> None:
+            super().__init__()
+            self.norm = nn.LayerNorm(6)
+
+        def forward(self, images: Tensor) -> Tensor:
+            low = self.norm(self.low(images).permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
+            return self.head(self.high(low).mean(dim=(2, 3)))
+
+    def build(*stages: str) -> attar.Distiller:
+        torch.manual_seed(0)
+        methods = [SAD(stages=stages)]
+        return attar.Distiller(Normed().double(), methods, attar.Classification(3)).build(IMAGES)
+
+    with pytest.raises(AttarError, match=r"Stage 'norm' has no attention map, since a layer norm over channels"):
+        build("norm", "high")
+    assert build("low", "high")((IMAGES, LABELS), 1.0).total() > 0
 
 
 @pytest.mark.parametrize(

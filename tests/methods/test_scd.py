@@ -224,9 +224,29 @@ def test_beside_frskd_on_one_student_pass() -> None:
 
 @pytest.mark.parametrize("options", [{"stages": ("low",)}, {"include_last": False}])
 def test_one_layer_is_refused(options: dict[str, object]) -> None:
-    with pytest.raises(AttarError, match="SCD needs two layers, of which one imitates the other, but has 1"):
+    with pytest.raises(AttarError, match=r"SCD needs two layers with an attention map, .* but has 1"):
         built(SCD(**options))
     assert similarity_of(built(SCD(penultimate=True, **options))) > 0
+
+
+def test_a_map_of_equal_energy_is_refused_and_what_stands_before_it_taken() -> None:
+    class Normed(Net):
+        def __init__(self) -> None:
+            super().__init__()
+            self.norm = nn.LayerNorm(6)
+
+        def forward(self, images: Tensor) -> Tensor:
+            low = self.norm(self.low(images).permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
+            return self.head(self.high(low).mean(dim=(2, 3)))
+
+    def build(*stages: str) -> attar.Distiller:
+        torch.manual_seed(0)
+        methods = [SCD(stages=stages)]
+        return attar.Distiller(Normed().double(), methods, attar.Classification(3)).build(IMAGES)
+
+    with pytest.raises(AttarError, match=r"Stage 'norm' has no attention map, since a layer norm over channels"):
+        build("norm", "high")
+    assert build("low", "high")((IMAGES, LABELS), 1.0).total() > 0
 
 
 @pytest.mark.parametrize(

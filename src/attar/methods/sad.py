@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from attar.anatomy import Anatomy, Stage, Tap
+from attar.anatomy.energy import stages_with_maps
 from attar.errors import AttarError
 from attar.functional import attention_map, flat_map, full_precision, layer_pairs, linear_ramp, resized_map
 from attar.functional.layers import Pairing
@@ -46,7 +47,8 @@ class SAD(Method):
         start: share of the run before which the weight is 0; default: the variant's.
         ramp: share of the run over which the weight then grows linearly; 0: at once.
         pairing: "adjacent" stages, as published; every stage to the "deepest"; or "all" (shallow, deep) pairs.
-        stages: modules to use as stages, shallow to deep; default: the student's own.
+        stages: modules to use as stages, shallow to deep; default: the student's own, without those that have no map
+            since a fresh layer norm over channels gives every position the same energy.
         power: p of |A|^p.
         temperature: T of the softmax over positions.
         reduction: "mean" over batch and positions as in all published code, or "sum_per_sample": over positions summed,
@@ -57,7 +59,8 @@ class SAD(Method):
         softmax_over: "batch" is the released Lua code's slip: each position's softmax over the samples of one process.
 
     Raises:
-        AttarError: fewer than two stages, a stage of one position that would have to imitate, an option out of range.
+        AttarError: fewer than two stages with a map, a stage of one position that would have to imitate, an option out
+            of range.
 
     Source: Hou, Ma, Liu, Loy, "Learning Lightweight Lane Detection CNNs by Self Attention Distillation", ICCV 2019
     (arXiv 1908.00821). The paper's text was not at hand: this follows its abstract and figure, the modules of
@@ -121,11 +124,12 @@ class SAD(Method):
     def build(self, probe: Probe) -> None:
         """Choose the stages; there is nothing to train."""
         anatomy = probe.anatomy
-        chosen = [anatomy.find(name) for name in self.stages] if self.stages is not None else anatomy.stages
+        chosen = stages_with_maps(probe.student, anatomy, self.stages, probe.images)
         if len(chosen) < 2:
             raise AttarError(
-                f"SAD finds only one stage ('{chosen[0].name}'), so no layer has a deeper one to imitate: name two "
-                "modules or more with stages=."
+                f"SAD needs two stages with an attention map, of which the shallower imitates the deeper, but finds "
+                f"{len(chosen)} (behind a layer norm over channels every position has the same energy): name modules "
+                "with stages=."
             )
         for shallow, deep in layer_pairs(len(chosen), self.pairing):
             if chosen[shallow].height * chosen[shallow].width == 1:
@@ -133,7 +137,7 @@ class SAD(Method):
                     f"SAD compares where layers look, but stage '{chosen[shallow].name}', which would imitate "
                     f"'{chosen[deep].name}', has a single position: give larger images or other modules with stages=."
                 )
-        self._stages = tuple(chosen)
+        self._stages = chosen
 
     def taps(self, anatomy: Anatomy) -> Sequence[Tap]:
         """The output of every chosen stage."""

@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from attar.anatomy import Anatomy, Stage, Tap
+from attar.anatomy.energy import stages_with_maps
 from attar.errors import AttarError
 from attar.functional import (
     attention_map,
@@ -67,13 +68,14 @@ class SCD(Method):
         include_last: whether the last stage is a layer.
         penultimate: also take the pooled embedding as the deepest layer; it has no map, and is brought to unit length
             with attn_norm "l2" only.
-        stages: modules to use as layers, shallow to deep; default: the student's own stages.
+        stages: modules to use as layers, shallow to deep; default: the student's own stages, without those that have
+            no map since a fresh layer norm over channels gives every position the same energy.
         start: share of the run before which the weight is 0.
         ramp: share of the run over which the weight then grows linearly, since early attention means little.
         scope: "world" relates the samples of all processes, "rank" those of each.
 
     Raises:
-        AttarError: fewer than two layers, or an option out of range.
+        AttarError: fewer than two layers with a map, or an option out of range.
 
     Source: Wan, Mao, Wang, Liu, Ping, Computer Science (jsjkx) 50(11), 259-268, 2023, doi 10.11896/jsjkx.221000009, in
     Chinese; the English title is ours. No code is known.
@@ -127,11 +129,12 @@ class SCD(Method):
     def build(self, probe: Probe) -> None:
         """Choose the layers; there is nothing to train."""
         anatomy = probe.anatomy
-        chosen = anatomy.stages if self.stages is None else tuple(anatomy.find(name) for name in self.stages)
+        chosen = stages_with_maps(probe.student, anatomy, self.stages, probe.images)
         self._stages = chosen if self.include_last else chosen[:-1]
         if len(self._stages) + self.penultimate < 2:
             raise AttarError(
-                f"SCD needs two layers, of which one imitates the other, but has {len(self._stages)}: name more "
+                f"SCD needs two layers with an attention map, of which one imitates the other, but has "
+                f"{len(self._stages)} (behind a layer norm over channels every position has the same energy): name "
                 "modules with stages=, or let penultimate=True add the embedding."
             )
 
