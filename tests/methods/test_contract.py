@@ -90,7 +90,7 @@ def refusal(name: str, make_method: Callable[[int], Method], architecture: Archi
 
 
 def contract(
-    name: str, make_method: Callable[[int], Method], architecture: Architecture, compiled: bool
+    name: str, make_method: Callable[[int], Method], architecture: Architecture, default: bool, compiled: bool
 ) -> type[MethodContract]:
     class Contract(MethodContract):
         image_size = architecture.size
@@ -101,24 +101,33 @@ def contract(
         def student(self) -> nn.Module:
             return architecture.make(self.num_classes)
 
-    if not compiled:
-        Contract = type("Contract", (Contract,), {"test_compiled_step_equals_eager": None})
     if not architecture.common:
+        Contract = type("Contract", (Contract,), {"test_compiled_step_equals_eager": None})
+    elif not compiled:
+
+        class Contract(Contract):  # type: ignore[no-redef]
+            @pytest.mark.slow
+            def test_compiled_step_equals_eager(self) -> None:
+                super().test_compiled_step_equals_eager()
+
+    if not default:
         Contract = pytest.mark.slow(Contract)
     Contract.__name__ = Contract.__qualname__ = f"Test{name}On_{architecture.name}"
     return Contract
 
 
-# Compiling is slow: methods that cut the student are compiled on every common network, the others on three.
-ALWAYS_COMPILED = {"hand-written", "cifar_resnet20", "vit_tiny_patch16_224"}
+# The default run has ONE, which cuts the student, on every common network, and the other methods on three of them,
+# compiled on one. All methods on all networks, compiled on all common ones, are slow.
+DEFAULT = {"hand-written", "cifar_resnet20", "vit_tiny_patch16_224"}
 
 for _name, _make in METHODS.items():
     for _architecture in ARCHITECTURES:
-        _compiled = _architecture.common and (_name == "ONE" or _architecture.name in ALWAYS_COMPILED)
         if (_name, _architecture.name) in REFUSED:
             _class = refusal(_name, _make, _architecture)
         else:
-            _class = contract(_name, _make, _architecture, _compiled)
+            _default = _architecture.common and (_name == "ONE" or _architecture.name in DEFAULT)
+            _compiled = _name == "ONE" or _architecture.name == "hand-written"
+            _class = contract(_name, _make, _architecture, _default, _compiled)
         globals()[_class.__name__] = _class
 del _class
 
