@@ -521,8 +521,12 @@ def sla(hyper: dict[str, Any], t: Tensors, mode: str) -> None:
     for passes in ("others", "all"):
         joint.grad = single.grad = None
         method = SLA(
-            transform=transform, temperature=hyper["T"], large_loss=hyper["with_large_loss"], distil=distil, passes=passes
-        )  # fmt: skip
+            transform=transform,
+            temperature=hyper["T"],
+            large_loss=hyper["with_large_loss"],
+            distil=distil,
+            passes=passes,
+        )
         student = _Versions(pattern, transform, joint, single)
         distiller = attar.Distiller(student, [method], attar.Classification(single.shape[1]), stages=["stage"])
         images = pattern * torch.arange(1.0, len(labels) + 1, dtype=torch.float64).view(-1, 1, 1, 1)
