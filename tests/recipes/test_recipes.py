@@ -80,8 +80,8 @@ def test_a_recipe_is_whole(name):
     assert len(runs) == 1 + len(recipe.beside) + (recipe.teacher is not None)  # no two runs of one label
     assert {figure.run for figure in recipe.published} <= set(runs)
     own = any(figure.run == label_of(recipe.spec.methods) for figure in recipe.published)
-    # Nobody published a figure for a reconstruction; its recipe says so.
-    assert own or any("reconstruction" in note for note in recipe.notes)
+    # Nobody published a figure for a reconstruction, and some tables were not to be had: such a recipe says so.
+    assert own or any("reconstruction" in note or "could not be checked" in note for note in recipe.notes)
     for spec in runs.values():
         assert parse(TrainSpec, spec.model_dump()) == spec
         assert spec.seed == 0
