@@ -53,7 +53,8 @@ class MethodContract:
         generator = torch.Generator().manual_seed(1)
         size = (views * self.batch_size, self.channels, self.image_size, self.image_size)
         images = torch.randn(size, generator=generator)
-        targets = torch.randint(self.num_classes, (self.batch_size,), generator=generator).repeat(views)
+        # Pairs of one class, for methods that relate them.
+        targets = (torch.arange(self.batch_size) // 2 % self.num_classes).repeat(views)
         index = torch.arange(self.batch_size).repeat(views)
         batch = Batch(images, targets, index, targets, views)
         if isinstance(self.method().sampling, ClassPairs):
@@ -106,6 +107,9 @@ class MethodContract:
         """At least one weighted term of a method that has terms changes the student's gradient."""
         distiller = self.distiller()
         method = next(iter(distiller._methods()))
+        # A step before it, on other images, for methods that remember it.
+        before = self.batch()
+        self.step(distiller, replace(before, images=before.images.flip(-2)), 1.0)
         terms, with_method = self.step(distiller, self.batch(), 1.0)
         if len(terms.losses) == 1:
             return
@@ -146,7 +150,7 @@ class MethodContract:
         torch.manual_seed(0)
         second = Distiller(self.student(), [self.method()], first.task)
         torch.manual_seed(123)  # other auxiliaries, but the same teachers
-        second.build(self.batch().images).train()
+        second.build(self.batch().images, 2 * self.batch_size).train()
         with torch.no_grad():
             for parameter in second.parameters():
                 parameter.normal_()
