@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from pydantic import BaseModel
     from pydantic.fields import FieldInfo
 
-__all__ = ["Parser", "described", "pairs", "values_of"]
+__all__ = ["Parser", "described", "literal", "pairs", "values_of"]
 
 
 class Parser(argparse.ArgumentParser):
@@ -179,11 +179,11 @@ def pairs(option: str, words: Sequence[str]) -> dict[str, Any]:
         name, equals, text = word.partition("=")
         if not equals or not name:
             raise AttarError(f"Option '{option}' takes NAME=VALUE pairs, not '{word}'.")
-        values[name] = _literal(text)
+        values[name] = literal(text)
     return values
 
 
-def _literal(text: str) -> Any:
+def literal(text: str) -> Any:
     """Read a value as JSON, else as Python writes it (True, None, (1, 2)), else as text."""
     for read in (json.loads, ast.literal_eval):
         try:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ast
 import json
 import re
 from collections.abc import Sequence
@@ -12,6 +11,7 @@ from typing import Any
 
 from attar.errors import AttarError
 from attar.methods import find
+from attar.options import literal
 from attar.spec import MethodSpec, TrainSpec, method_options, parse
 
 __all__ = ["PLAIN", "SMOOTHING", "Entry", "label_of", "read_entry", "run_folder", "smoothed"]
@@ -72,21 +72,12 @@ def _read_method(text: str, whole: str) -> MethodSpec:
         name, equals, value = pair.partition("=")
         if not equals:
             raise AttarError(f"'{pair}' in '{whole}' is no OPTION=VALUE.")
-        given[name.strip().replace("-", "_")] = _value(value.strip())
+        given[name.strip().replace("-", "_")] = literal(value.strip())
     try:
         options = parse(method_options(kind), given)
     except AttarError as error:
         raise AttarError(f"{kind.__name__}: {error}") from error
     return MethodSpec(name=kind.__name__, options=options.model_dump(mode="json", exclude_defaults=True))
-
-
-def _value(text: str) -> Any:
-    for read in (json.loads, ast.literal_eval):
-        try:
-            return read(text)
-        except (ValueError, SyntaxError):
-            continue
-    return text
 
 
 def _parted(text: str, separator: str) -> list[str]:

@@ -86,7 +86,8 @@ class BAKE(Method):
         identity = torch.eye(len(g), dtype=g.dtype, device=g.device)
         # No sample is its own neighbour.
         affinity = torch.softmax(g @ g.T - 1e9 * identity, dim=1)
-        spread: Tensor = torch.linalg.solve(identity - self.omega * affinity, p.to(g.dtype))
+        # Always solvable, since omega W has row sums below 1; `solve` would make the host wait to hear it.
+        spread: Tensor = torch.linalg.solve_ex(identity - self.omega * affinity, p.to(g.dtype))[0]
         return (1.0 - self.omega) * spread
 
     def weights(self, progress: Tensor) -> Mapping[str, float | Tensor]:
