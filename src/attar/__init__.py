@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from attar import functional, methods, testing, zoo
     from attar.distiller import Distiller
     from attar.errors import AttarError
-    from attar.method import Batch, Method, Outputs, Probe, Terms
+    from attar.method import Batch, Method, Outputs, Phase, Probe, Terms
     from attar.tasks import Classification
     from attar.teacher import Normalization, Teacher
 
@@ -26,6 +26,7 @@ __all__ = [
     "Method",
     "Normalization",
     "Outputs",
+    "Phase",
     "Probe",
     "Teacher",
     "Terms",
@@ -43,6 +44,7 @@ _HOMES = {
     "Method": "attar.method",
     "Normalization": "attar.teacher",
     "Outputs": "attar.method",
+    "Phase": "attar.method",
     "Probe": "attar.method",
     "Teacher": "attar.teacher",
     "Terms": "attar.method",

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from attar.anatomy import Anatomy, Recorder, Tap, overwritten, survey
 from attar.errors import AttarError, unknown_name
-from attar.method import Batch, Method, Outputs, Probe, Terms
+from attar.method import Batch, Method, Outputs, Phase, Probe, Terms
 from attar.sampling import ClassPairs, Sampling
 from attar.tasks import Classification
 from attar.teacher import Normalization
@@ -79,6 +79,7 @@ class Distiller(nn.Module):
         self._recorder: Recorder | None = None
         self._example: Tensor | None = None
         self._made_out_of_place: tuple[str, ...] = ()
+        self._phase: tuple[Method, Phase] | None = None
 
     def build(self, example_images: Tensor, num_samples: int | None = None) -> Distiller:
         """Probe the student once on example images [N, C, H, W] and make every auxiliary; return the distiller.
@@ -175,12 +176,14 @@ class Distiller(nn.Module):
                 not compiled again when it changes.
         """
         batch = Batch.of(batch)
+        if not isinstance(progress, Tensor):
+            progress = torch.tensor(float(progress), device=batch.images.device)
         if batch.views < self.views:
             raise AttarError(f"The methods need {self.views} views of every image, but the batch holds {batch.views}.")
         if isinstance(self.sampling, ClassPairs) and batch.partners is None:
             raise AttarError("The methods need a partner of the same class for every image: give Batch.partners.")
-        if not isinstance(progress, Tensor):
-            progress = torch.tensor(float(progress), device=batch.images.device)
+        if self._phase is not None:
+            return self._phase_step(*self._phase, batch)
         methods = self._methods()
         for method in methods:
             batch = method.prepare(batch)
@@ -204,10 +207,57 @@ class Distiller(nn.Module):
             self.task.check_logits(logits)
         return Outputs(images, logits, values, self.anatomy, self.task.loss, self._pass)
 
+    def _phase_step(self, method: Method, phase: Phase, batch: Batch) -> Terms:
+        if self._recorder is None:
+            raise AttarError("Call build(example_images) on the distiller before its first step.")
+        batch = method.prepare(batch)
+        if phase.until is None:
+            outputs = self._pass(batch.images)
+        else:
+            values = self._recorder.run_until(batch.images, phase.until)
+            none = batch.images.new_empty(0, self.task.num_classes)
+            outputs = Outputs(batch.images, none, values, self.anatomy, self.task.loss, self._pass)
+        losses = {f"{method.name}.{term}": loss for term, loss in method.phase_losses(phase, outputs, batch).items()}
+        return Terms(outputs.logits, losses, dict.fromkeys(losses, 1.0))
+
+    @property
+    def phases(self) -> list[tuple[Method, Phase]]:
+        """What comes before the main training, in the order of the methods; known after `build`."""
+        return [(method, phase) for method in self._methods() for phase in method.phases]
+
+    @property
+    def phase(self) -> Phase | None:
+        """The phase that steps belong to now; None: the main training."""
+        return self._phase[1] if self._phase is not None else None
+
+    def enter(self, phase: int | None) -> None:
+        """Let the following steps belong to a phase, by its number in `phases`, or to the main training (None)."""
+        self._phase = self.phases[phase] if phase is not None else None
+
     def epoch_start(self, epoch: int, epochs: int) -> None:
-        """Tell every method that an epoch begins (0-based)."""
+        """Tell every method that an epoch begins (0-based), and enter the phase that it belongs to.
+
+        Raises:
+            AttarError: the phases leave no epoch for the main training.
+        """
+        self.enter(self._phase_at(epoch, epochs))
         for method in self._methods():
             method.epoch_start(epoch, epochs)
+
+    def _phase_at(self, epoch: int, epochs: int) -> int | None:
+        phases = self.phases
+        ends: list[int] = []
+        share = 0.0
+        for _, phase in phases:
+            share += phase.share
+            ends.append(max(round(share * epochs), ends[-1] + 1 if ends else 1))
+        if ends and ends[-1] >= epochs:
+            names = " and ".join(dict.fromkeys(method.name for method, _ in phases))
+            raise AttarError(
+                f"The {len(phases)} phases of {names} take {ends[-1]} epochs and leave none of {epochs} for the main "
+                "training: train for more epochs or shorten the phases."
+            )
+        return next((number for number, end in enumerate(ends) if epoch < end), None)
 
     def deployables(self) -> dict[str, nn.Module]:
         """Networks besides the plain student that this training yields, by name ("ONE.ensemble")."""

@@ -15,7 +15,7 @@ from attar.sampling import Sampling
 from attar.tasks import Classification
 from attar.teacher import Normalization, Teacher
 
-__all__ = ["Batch", "Method", "Outputs", "Probe", "Terms"]
+__all__ = ["Batch", "Method", "Outputs", "Phase", "Probe", "Terms"]
 
 Weight = float | Tensor
 _M = TypeVar("_M", bound="Method")
@@ -66,7 +66,7 @@ class Terms:
     """What one training step yields: the student's logits and every named, unweighted loss with its weight.
 
     Args:
-        logits: [V*N, K], the student's own.
+        logits: [V*N, K], the student's own; [0, K] in a phase whose student pass ends before them.
         losses: scalar tensors by name ("task", "ONE.kl"), in nats or the term's natural unit.
         weights: what multiplies each; the same keys.
     """
@@ -138,6 +138,25 @@ class Probe:
     num_samples: int | None = None
 
 
+@dataclass(frozen=True)
+class Phase:
+    """A part of the run that comes before the main training and that one method has for itself.
+
+    The student learns from that method's `phase_losses` alone: no labels, no other method. Phases begin and end with
+    epochs; every phase lasts one at least.
+
+    Args:
+        name: what reports call it ("layer 1").
+        share: of the whole run.
+        until: the student's pass ends as soon as these taps are read, and nothing behind them is computed or trained;
+            empty: the student does not run at all; None: it runs to its logits.
+    """
+
+    name: str
+    share: float
+    until: tuple[Tap, ...] | None = None
+
+
 class Method(nn.Module):
     """One published way of producing and transferring knowledge while a student trains.
 
@@ -176,6 +195,18 @@ class Method(nn.Module):
         """Return the taps that `losses` reads; called after `build`. Default: every stage and the embedding."""
         taps = [stage.tap for stage in anatomy.stages]
         return [*taps, anatomy.embedding] if anatomy.embedding is not None else taps
+
+    @property
+    def phases(self) -> Sequence[Phase]:
+        """What comes before the main training, in order; read after `build`. Default: nothing."""
+        return ()
+
+    def phase_losses(self, phase: Phase, outputs: Outputs, batch: Batch) -> dict[str, Tensor]:
+        """Return the named losses of one step of a phase; their sum is all that is learnt from.
+
+        `outputs` holds the taps that the student's pass has reached; its logits are [0, K] where it has not.
+        """
+        raise TypeError(f"{type(self).__name__} has phases, so it must define phase_losses(phase, outputs, batch).")
 
     def prepare(self, batch: Batch) -> Batch:
         """Change the batch before the student sees it (mixing, soft targets); default: leave it."""

@@ -64,6 +64,9 @@ class Recorder:
         self.taps = tuple(dict.fromkeys(taps))
         self._values: dict[tuple[str, str], list[Any]] = {}
         self._recording = [False]
+        # What a partial pass still waits for: how many values of each (module, side). Empty in a whole pass.
+        self._awaited: dict[tuple[str, str], int] = {}
+        self._calls: dict[tuple[str, str], int] = {}
         self._handles: list[RemovableHandle] = []
         for path, side in dict.fromkeys((tap.module, tap.side) for tap in self.taps):
             clone = any((tap.module, tap.side) == (path, side) for tap in cloned)
@@ -75,20 +78,24 @@ class Recorder:
                 self._handles.append(module.register_forward_pre_hook(self._input_hook((path, side), clone)))
 
     def _output_hook(self, key: tuple[str, str], clone: bool) -> Callable[[nn.Module, Any, Any], None]:
-        values, recording = self._values, self._recording
+        values, recording, awaited = self._values, self._recording, self._awaited
 
         def record(module: nn.Module, args: Any, output: Any) -> None:
             if recording[0]:
                 values.setdefault(key, []).append(output.clone() if clone else output)
+                if awaited:
+                    _stop_when_read(awaited, values)
 
         return record
 
     def _input_hook(self, key: tuple[str, str], clone: bool) -> Callable[[nn.Module, Any], None]:
-        values, recording = self._values, self._recording
+        values, recording, awaited = self._values, self._recording, self._awaited
 
         def record(module: nn.Module, args: Any) -> None:
             if recording[0]:
                 values.setdefault(key, []).append(args[0].clone() if clone else args[0])
+                if awaited:
+                    _stop_when_read(awaited, values)
 
         return record
 
@@ -101,6 +108,46 @@ class Recorder:
         recorded = {tap: to_nchw(self._values[(tap.module, tap.side)][tap.call], tap) for tap in self.taps}
         self._values.clear()
         return output, recorded
+
+    @torch.compiler.disable
+    def run_until(self, images: Tensor, until: Collection[Tap]) -> dict[Tap, Any]:
+        """Call the network only as far as needed to read these of its taps; return what was read, maps as [N, C, H, W].
+
+        The pass is left by an exception out of a hook, so nothing behind the last tap is computed. Not compiled.
+        """
+        if not until:
+            return {}
+        keys = {(tap.module, tap.side) for tap in until}
+        if not keys <= self._calls.keys():
+            self._count_calls(images)
+        self._values.clear()
+        self._awaited.update({key: self._calls[key] for key in keys})
+        self._recording[0] = True
+        try:
+            self.network(images)
+        except _AllRead:
+            pass
+        finally:
+            self._recording[0] = False
+            self._awaited.clear()
+        read = [tap for tap in self.taps if len(self._values.get((tap.module, tap.side), ())) > max(tap.call, 0)]
+        recorded = {tap: to_nchw(self._values[(tap.module, tap.side)][tap.call], tap) for tap in read}
+        self._values.clear()
+        return recorded
+
+    def _count_calls(self, images: Tensor) -> None:
+        """Learn how often every tapped module runs in one pass, so that "the last call" is known in a partial one."""
+        modes = {module: module.training for module in self.network.modules()}
+        self.network.eval()
+        self._values.clear()
+        self._recording[0] = True
+        with torch.no_grad():
+            self.network(images[:1])
+        self._recording[0] = False
+        for module, mode in modes.items():
+            module.training = mode
+        self._calls.update({key: len(values) for key, values in self._values.items()})
+        self._values.clear()
 
     def remove(self) -> None:
         """Take every hook off the network again."""
@@ -115,6 +162,15 @@ class Recorder:
             for hooks in (module._forward_hooks, module._forward_pre_hooks):
                 for hook_id in ids & hooks.keys():
                     del hooks[hook_id]
+
+
+class _AllRead(Exception):  # noqa: N818 (no error)
+    """Leaves a forward pass whose rest nobody needs."""
+
+
+def _stop_when_read(awaited: dict[tuple[str, str], int], values: dict[tuple[str, str], list[Any]]) -> None:
+    if all(len(values.get(key, ())) >= count for key, count in awaited.items()):
+        raise _AllRead
 
 
 def overwritten(network: nn.Module, taps: Iterable[Tap], images: Tensor) -> tuple[set[Tap], list[str]]:

@@ -86,22 +86,52 @@ class MethodContract:
         batch = self.batch()
         for progress in (0.0, 0.5, 1.0):
             terms, _ = self.step(distiller, batch, progress)
-            assert terms.losses.keys() == terms.weights.keys()
-            for name, loss in terms.losses.items():
-                assert loss.shape == (), f"{name} is no scalar"
-                assert torch.isfinite(loss), f"{name} is {loss.item()}"
+            self.assert_finite_scalars(terms)
             declared = {f"{method.name}.{term}" for term in method.weights(torch.tensor(progress))}
             assert declared <= terms.losses.keys(), "a weight is declared for a term that does not exist"
 
+    @staticmethod
+    def assert_finite_scalars(terms: Terms) -> None:
+        """Every term is a finite scalar and has a weight."""
+        assert terms.losses.keys() == terms.weights.keys()
+        for name, loss in terms.losses.items():
+            assert loss.shape == (), f"{name} is no scalar"
+            assert torch.isfinite(loss), f"{name} is {loss.item()}"
+
     def test_every_trainable_tensor_gets_a_gradient(self) -> None:
-        """No parameter is left out of the step, at the start of a run and later: distributed training would hang."""
+        """No parameter is left out of the step, at the start of a run and later: distributed training would hang.
+
+        With phases: of all steps together.
+        """
         distiller = self.distiller()
-        for progress in (0.0, 1.0):
-            _, gradients = self.step(distiller, self.batch(), progress)
-            missing = [name for name, gradient in gradients.items() if gradient is None]
-            assert not missing, f"no gradient: {missing}"
-            bad = [name for name, gradient in gradients.items() if not torch.isfinite(gradient).all()]  # type: ignore[arg-type]
-            assert not bad, f"gradient not finite: {bad}"
+        trained: set[str] = set()
+        for phase in (*range(len(distiller.phases)), None):
+            distiller.enter(phase)
+            for progress in (0.0, 1.0):
+                _, gradients = self.step(distiller, self.batch(), progress)
+                missing = [name for name, gradient in gradients.items() if gradient is None]
+                assert not missing or distiller.phases, f"no gradient: {missing}"
+                trained |= gradients.keys() - set(missing)
+                found = {name: gradient for name, gradient in gradients.items() if gradient is not None}
+                bad = [name for name, gradient in found.items() if not torch.isfinite(gradient).all()]
+                assert not bad, f"gradient not finite: {bad}"
+        assert trained == {name for name, _ in distiller.named_parameters()}
+
+    def test_phases_train_something_and_no_more(self) -> None:
+        """Every phase has finite terms that move parameters, and its terms alone; the main training follows."""
+        distiller = self.distiller()
+        for number, (method, phase) in enumerate(distiller.phases):
+            distiller.enter(number)
+            terms, gradients = self.step(distiller, self.batch())
+            self.assert_finite_scalars(terms)
+            assert all(name.startswith(f"{method.name}.") for name in terms.losses)
+            moved = [name for name, g in gradients.items() if g is not None and bool(g.any())]
+            assert moved, f"{phase.name} trains nothing"
+            if phase.until == ():
+                assert not [name for name in moved if name.startswith("student.")], f"{phase.name} moves the student"
+        distiller.enter(None)
+        terms, _ = self.step(distiller, self.batch())
+        assert "task" in terms.losses
 
     def test_terms_move_the_student(self) -> None:
         """At least one weighted term of a method that has terms changes the student's gradient."""
@@ -146,7 +176,6 @@ class MethodContract:
         """A new distiller with the saved state takes the same step."""
         first = self.distiller()
         state = copy.deepcopy(first.state_dict())
-        _, before = self.step(first, self.batch())
         torch.manual_seed(0)
         second = Distiller(self.student(), [self.method()], first.task)
         torch.manual_seed(123)  # other auxiliaries, but the same teachers
@@ -155,9 +184,13 @@ class MethodContract:
             for parameter in second.parameters():
                 parameter.normal_()
         second.load_state_dict(state)
-        _, after = self.step(second, self.batch())
-        for name, gradient in before.items():
-            assert torch.equal(gradient, after[name]), name  # type: ignore[arg-type]
+        for phase in (*range(len(first.phases)), None):
+            first.enter(phase)
+            second.enter(phase)
+            _, before = self.step(first, self.batch())
+            _, after = self.step(second, self.batch())
+            for name, gradient in before.items():
+                assert gradient is after[name] or torch.equal(gradient, after[name]), name  # type: ignore[arg-type]
 
     def test_teachers_stay_frozen_and_unregistered(self) -> None:
         """Teachers are no parameters, no state, stay in evaluation mode, and no bit of them changes."""
@@ -185,7 +218,10 @@ class MethodContract:
         for name, loss in expected.losses.items():
             torch.testing.assert_close(terms.losses[name], loss, rtol=1e-4, atol=1e-5)
         for name, gradient in gradients.items():
-            scale = float(gradient.abs().max()) if gradient is not None else 0.0
+            if gradient is None:
+                assert compiled_gradients[name] is None
+                continue
+            scale = float(gradient.abs().max())
             torch.testing.assert_close(compiled_gradients[name], gradient, rtol=1e-3, atol=1e-5 + 1e-3 * scale)
 
     def test_losses_are_full_precision_under_autocast(self) -> None:

@@ -106,15 +106,20 @@ class Ranks:
             for tensor in tensors:
                 dist.broadcast(tensor, src=0)
 
-    def wrap(self, module: nn.Module) -> nn.Module:
+    def wrap(self, module: nn.Module, *, phased: bool = False) -> nn.Module:
         """Let gradients be averaged over processes; the first one's weights and batch statistics hold for all.
 
         Buffers are broadcast before every forward (the default of DDP): running statistics are those of process 0.
+
+        Args:
+            module: what a step calls.
+            phased: whether parts of the run train parts of the network only. Then, and only then, every step looks for
+                the parameters that take no part in it, which costs a walk over the graph.
         """
         if self.world == 1:
             return module
         device_ids = [self.device.index] if self.device.type == "cuda" else None
-        return DistributedDataParallel(module, device_ids=device_ids)
+        return DistributedDataParallel(module, device_ids=device_ids, find_unused_parameters=phased)
 
 
 @contextmanager

@@ -34,7 +34,8 @@ class Meter:
     def add(self, terms: Terms, step: int) -> None:
         """Take in the terms of one step (0-based)."""
         values = torch.stack([loss.detach().float() for loss in terms.losses.values()])
-        if not self.names:
+        if self.names != tuple(terms.losses):
+            # At the first step, and where a phase begins or ends.
             self._start(tuple(terms.losses))
         self._sums += values
         self._bad = torch.where(values.isfinite(), self._bad, self._bad.clamp(max=step))
@@ -45,6 +46,7 @@ class Meter:
         self.names = names
         self._sums = torch.zeros(2, len(names), dtype=torch.float64, device=self.ranks.device)
         self._bad = torch.full((len(names),), _NEVER, dtype=torch.int64, device=self.ranks.device)
+        self._counts = [0, 0]
 
     def window(self) -> dict[str, float]:
         """Return the mean of every term since the last call, over all processes, and begin anew."""

@@ -111,7 +111,8 @@ class Run:
         # The compiler must not bring channels-last back where it was found unsafe.
         options = None if memory == torch.channels_last else {"layout_optimization": False}
         # Compile inside, DDP outside.
-        step_module = ranks.wrap(torch.compile(distiller, options=options) if compiled else distiller)  # type: ignore[arg-type]
+        compiled_or_not = torch.compile(distiller, options=options) if compiled else distiller  # type: ignore[arg-type]
+        step_module = ranks.wrap(compiled_or_not, phased=bool(distiller.phases))  # type: ignore[arg-type]
         return cls(
             spec,
             ranks,
