@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Mapping, Sequence
 from typing import Literal
 
 import torch
 from torch import Tensor, nn
 
-from attar.anatomy import Anatomy, Recorder, Stage, Tap, overwritten, survey
+from attar.anatomy import Anatomy, Stage, Tap
 from attar.errors import AttarError
 from attar.functional import batch_similarity, linear_ramp, similarity_distance
 from attar.functional.similarity import Scope
 from attar.method import Batch, Method, Outputs, Probe
+from attar.reader import TeacherStages, chosen_stages, paired_stages, teacher_anatomy
 from attar.teacher import Teacher
 
 __all__ = ["SPKD"]
@@ -43,7 +43,8 @@ class SPKD(Method):
     Args:
         teachers: one trained network or several; none for the deeper layer.
         weight: w, by the paper's and all known code's gamma.
-        layers: with teachers: the "last" stage, the paper's best, or "all" stages in pairs of equal depth.
+        layers: with teachers: the "last" stage, the paper's best, or "all" stages, paired in order, or by resolution
+            where they are not as many (see `attar.reader.paired_stages`).
         stages: modules of the student to use as layers instead; the last is the teacher where there is no other.
         teacher_stages: modules of the teachers that those are compared with.
         average: take the mean over layers, as AberHu/Knowledge-Distillation-Zoo, instead of the sum.
@@ -92,7 +93,7 @@ class SPKD(Method):
         self.start = start
         self.scope: Scope = scope
         self._stages: tuple[Stage, ...] = ()
-        self._readers: tuple[_Reader, ...] = ()
+        self._readers: tuple[tuple[tuple[Stage, ...], TeacherStages], ...] = ()
 
     @property
     def teachers(self) -> Sequence[Teacher]:
@@ -101,25 +102,23 @@ class SPKD(Method):
 
     def build(self, probe: Probe) -> None:
         """Choose the student's layers, and the teachers' that they are compared with."""
-        self._stages = _chosen(probe.anatomy, self.stages, self.layers if self._teachers else "all")
+        self._stages = chosen_stages(probe.anatomy, self.stages, self.layers if self._teachers else "all")
         if not self._teachers and len(self._stages) < 2:
             raise AttarError(
                 f"SPKD finds only one stage ('{self._stages[0].name}'), so no layer has a deeper one to learn from: "
                 "name two modules or more with stages=, or give a teacher."
             )
         readers = []
+        named = self.stages is not None or self.teacher_stages is not None
         for teacher in self._teachers:
             if teacher.network is probe.student:
                 raise AttarError("SPKD's teacher is the student itself: give an earlier training, or no teacher.")
             teacher.adapt(probe.normalization, probe.images)
-            readers.append(_Reader(teacher, probe.images, self.teacher_stages, self.layers))
-            theirs = readers[-1].stages
-            if len(theirs) != len(self._stages):
-                ours = ", ".join(stage.name for stage in self._stages)
-                raise AttarError(
-                    f"SPKD cannot pair the student's layers ({ours}) with the {teacher.name}'s "
-                    f"({', '.join(stage.name for stage in theirs)}): name as many with stages= and teacher_stages=."
-                )
+            anatomy = teacher_anatomy(teacher, probe.images)
+            theirs = chosen_stages(anatomy, self.teacher_stages, self.layers)
+            pairs = paired_stages(self._stages, theirs, method="SPKD", teacher=teacher.name, named=named)
+            own, theirs = zip(*pairs, strict=True)
+            readers.append((own, TeacherStages(teacher, probe.images, anatomy, theirs)))
         self._readers = tuple(readers)
 
     def taps(self, anatomy: Anatomy) -> Sequence[Tap]:
@@ -128,13 +127,15 @@ class SPKD(Method):
 
     def losses(self, outputs: Outputs, batch: Batch, progress: Tensor) -> dict[str, Tensor]:
         """Return `similarity`."""
-        own = [self._similarity(outputs[stage.tap]) for stage in self._stages]
+        own = {stage: self._similarity(outputs[stage.tap]) for stage in self._stages}
         if not self._readers:
-            return {"similarity": self._joined([similarity_distance(shallow, own[-1]) for shallow in own[:-1]])}
+            *shallower, deepest = own.values()
+            return {"similarity": self._joined([similarity_distance(shallow, deepest) for shallow in shallower])}
         distances = []
-        for reader in self._readers:
-            theirs = map(self._similarity, reader(outputs.images))
-            distances.append(self._joined([similarity_distance(*pair) for pair in zip(own, theirs, strict=True)]))
+        for stages, reader in self._readers:
+            theirs = map(self._similarity, reader(outputs.images).stages)
+            pairs = zip(stages, theirs, strict=True)
+            distances.append(self._joined([similarity_distance(own[stage], target) for stage, target in pairs]))
         return {"similarity": torch.stack(distances).mean()}
 
     def _similarity(self, features: Tensor) -> Tensor:
@@ -147,42 +148,3 @@ class SPKD(Method):
     def weights(self, progress: Tensor) -> Mapping[str, float | Tensor]:
         """Off before `start`, then grown over `ramp`."""
         return {"similarity": self.weight * linear_ramp(progress, self.ramp, self.start)}
-
-
-def _chosen(anatomy: Anatomy, names: Sequence[str] | None, layers: str) -> tuple[Stage, ...]:
-    if names is not None:
-        return tuple(anatomy.find(name) for name in names)
-    return anatomy.stages[-1:] if layers == "last" else anatomy.stages
-
-
-class _Asked(nn.Module):
-    """A teacher as a module, so that its features can be recorded while it answers."""
-
-    def __init__(self, teacher: Teacher) -> None:
-        super().__init__()
-        self.network = teacher.network
-        self._teacher = (teacher,)
-
-    def forward(self, images: Tensor) -> Tensor:
-        return self._teacher[0](images)
-
-
-class _Reader:
-    """Reads the features of a teacher at its own stages; no module, so that the teacher is nobody's child."""
-
-    def __init__(self, teacher: Teacher, images: Tensor, names: Sequence[str] | None, layers: str) -> None:
-        prepared: list[Tensor] = []
-        handle = teacher.network.register_forward_pre_hook(lambda module, args: prepared.append(args[0]))
-        teacher(images)
-        handle.remove()
-        anatomy, _ = survey(teacher.network, prepared[0])
-        self.stages = _chosen(anatomy, names, layers)
-        taps = [dataclasses.replace(stage.tap, module=f"network.{stage.tap.module}") for stage in self.stages]
-        asked = _Asked(teacher)
-        touched, _ = overwritten(asked, taps, images)
-        self._taps, self._recorder = taps, Recorder(asked, taps, touched)
-
-    def __call__(self, images: Tensor) -> list[Tensor]:
-        """Return the features [B, C, H, W] of every stage for images normalised for the student."""
-        _, values = self._recorder.run(images)
-        return [values[tap] for tap in self._taps]
