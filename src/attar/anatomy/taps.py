@@ -109,7 +109,7 @@ class Recorder:
         self._values.clear()
         return output, recorded
 
-    @torch.compiler.disable
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
     def run_until(self, images: Tensor, until: Collection[Tap]) -> dict[Tap, Any]:
         """Call the network only as far as needed to read these of its taps; return what was read, maps as [N, C, H, W].
 
