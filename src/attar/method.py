@@ -224,6 +224,10 @@ class Method(nn.Module):
         """Return what multiplies the student's own supervised loss; a method that sets it claims "task weight"."""
         return 1.0
 
+    def lr_scale(self, parameter: str) -> float:
+        """Return what multiplies the learning rate of one of the method's own parameters, by its name here."""
+        return 1.0
+
     def epoch_start(self, epoch: int, epochs: int) -> None:
         """Do what is due once an epoch, outside the compiled step; default: nothing."""
 

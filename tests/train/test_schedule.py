@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 
+import attar
 from attar.distiller import Distiller
 from attar.tasks import Classification
 from attar.train.models import make_model
@@ -55,6 +56,37 @@ def test_what_is_decayed() -> None:
     for name, parameter in model.named_parameters():
         exempt = parameter.ndim <= 1 or name in ("student.pos_embed", "student.cls_token")
         assert (id(parameter) in decayed) is not exempt, name
+
+
+class Judged(attar.Method):
+    """A method whose judge learns at a tenth of the rate, and whose head learns as the student."""
+
+    def build(self, probe: attar.Probe) -> None:
+        self.judge, self.head = torch.nn.Linear(3, 2), torch.nn.Linear(3, 2)
+
+    def lr_scale(self, parameter: str) -> float:
+        return 0.1 if parameter.startswith("judge.") else 1.0
+
+
+@pytest.mark.parametrize("kind", ["sgd", "adamw"])
+def test_auxiliaries_with_a_rate_of_their_own_follow_the_schedule(kind: str) -> None:
+    method = Judged()
+    model = Distiller(make_model("cifar_resnet20", 10, {"width": 0.25}), [method], Classification(10))
+    model.build(torch.randn(2, 3, 16, 16))
+    spec = tiny(optimizer=kind, lr=0.4, weight_decay=0.1, schedule="step", milestones=(0.5,), warmup=0.2)
+    optimizer = make_optimizer(spec, model)
+    schedule = make_schedule(spec, optimizer, 10)
+    groups = optimizer.param_groups
+    owners = {id(p): group for group in groups for p in group["params"]}
+    assert len(owners) == sum(len(group["params"]) for group in groups) == len(list(model.parameters()))
+    for step in (0, 1, 4, 7):
+        schedule.step_update(step)
+        rate = groups[0]["lr"]
+        assert rate == pytest.approx({0: 0.4 / 3, 1: 0.8 / 3, 4: 0.4, 7: 0.04}[step])
+        for name, parameter in model.named_parameters():
+            group = owners[id(parameter)]
+            assert group["lr"] == pytest.approx(rate * (0.1 if ".judge." in name else 1.0)), name
+            assert group["weight_decay"] == (0.0 if kind == "adamw" and parameter.ndim <= 1 else 0.1), name
 
 
 def test_nesterov_needs_momentum() -> None:

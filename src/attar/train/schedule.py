@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from timm.optim import param_groups_weight_decay
 from timm.scheduler import CosineLRScheduler, MultiStepLRScheduler
@@ -9,6 +11,7 @@ from timm.scheduler.scheduler import Scheduler
 from torch import nn
 
 from attar.distiller import Distiller
+from attar.method import Method
 from attar.spec import TrainSpec
 
 __all__ = ["make_optimizer", "make_schedule"]
@@ -18,13 +21,14 @@ def make_optimizer(spec: TrainSpec, distiller: Distiller) -> torch.optim.Optimiz
     """Return SGD or AdamW over student and auxiliaries.
 
     SGD decays every parameter, as the papers' code does; AdamW decays neither vectors (biases, norms) nor what the
-    student exempts by timm's `no_weight_decay`.
+    student exempts by timm's `no_weight_decay`. Auxiliaries whose method scales their rate (`Method.lr_scale`) follow
+    the schedule of the student by that factor.
     """
     if spec.optimizer == "sgd":
         parameters = [parameter for parameter in distiller.parameters() if parameter.requires_grad]
         nesterov = spec.nesterov and spec.momentum > 0
         return torch.optim.SGD(
-            parameters,
+            _by_rate([{"params": parameters}], distiller),
             lr=spec.lr,
             momentum=spec.momentum,
             weight_decay=spec.weight_decay,
@@ -32,7 +36,23 @@ def make_optimizer(spec: TrainSpec, distiller: Distiller) -> torch.optim.Optimiz
             fused=True,
         )
     groups = param_groups_weight_decay(distiller, spec.weight_decay, no_weight_decay_list=_exempt(distiller.student))
-    return torch.optim.AdamW(groups, lr=spec.lr, weight_decay=spec.weight_decay, fused=True)
+    return torch.optim.AdamW(_by_rate(groups, distiller), lr=spec.lr, weight_decay=spec.weight_decay, fused=True)
+
+
+def _by_rate(groups: list[dict[str, Any]], distiller: Distiller) -> list[dict[str, Any]]:
+    """Take the parameters with a rate of their own out into groups that carry timm's `lr_scale`."""
+    scales: dict[int, float] = {}
+    for method in distiller.methods.values():
+        assert isinstance(method, Method)
+        scales |= {id(parameter): method.lr_scale(name) for name, parameter in method.named_parameters()}
+    shared, own = [], []
+    for group in groups:
+        by_scale: dict[float, list[nn.Parameter]] = {1.0: []}
+        for parameter in group["params"]:
+            by_scale.setdefault(scales.get(id(parameter), 1.0), []).append(parameter)
+        shared.append({**group, "params": by_scale.pop(1.0)})
+        own += [{**group, "params": params, "lr_scale": scale} for scale, params in by_scale.items()]
+    return [*shared, *own]
 
 
 def _exempt(student: nn.Module) -> set[str]:
