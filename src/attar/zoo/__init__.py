@@ -1,8 +1,9 @@
 """The papers' networks for small images; importing this package registers them with timm.
 
 `timm.create_model("cifar_resnet32", num_classes=10)` and `attar.zoo.cifar_resnet32(num_classes=10)` are the same
-network. All take timm's `num_classes`, `in_chans`, `global_pool`, `drop_rate`, `features_only`, and `width`, which
-multiplies every layer's channels.
+network. All take timm's `num_classes`, `in_chans`, `global_pool`, `drop_rate`, `features_only`, `width`, which
+multiplies every layer's channels, and `cheap`, a cheap convolution for the 3x3 ones inside the blocks ("G8B2"; see
+`cheapen`).
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from timm.models import build_model_with_cfg, generate_default_cfgs, register_mo
 from timm.models import resolve_pretrained_cfg as resolve_cfg
 
 from attar.errors import AttarError
+from attar.zoo.cheap import cheap_convolution, cheapen
 from attar.zoo.densenet import CifarDenseNet, cifar_densenet
 from attar.zoo.resnet import CifarNet, CifarResNet, cifar_resnet
 from attar.zoo.resnext import CifarResNeXt, cifar_resnext
@@ -26,6 +28,8 @@ __all__ = [
     "CifarResNeXt",
     "CifarResNet",
     "WideResNet",
+    "cheap_convolution",
+    "cheapen",
     "cifar_densenet",
     "cifar_resnet",
     "cifar_resnext",
@@ -94,13 +98,21 @@ def names() -> list[str]:
     return sorted(_NETWORKS)
 
 
+def _made(network: Callable[..., CifarNet]) -> Callable[..., CifarNet]:
+    def make(cheap: str | None = None, **kwargs: Any) -> CifarNet:
+        made = network(**kwargs)
+        return made if cheap is None else cheapen(made, cheap)
+
+    return make
+
+
 def _entry_point(name: str, network: Callable[..., CifarNet]) -> Callable[..., CifarNet]:
     def create(pretrained: bool = False, **kwargs: Any) -> CifarNet:
         cfg = resolve_cfg(name, kwargs.get("pretrained_cfg"), kwargs.get("pretrained_cfg_overlay"))
         if pretrained and not (cfg.has_weights or cfg.state_dict):  # a user's own exported folder does have weights
             raise AttarError(f"There are no pretrained weights for '{name}': pass pretrained=False and train it.")
         feature_cfg = {"out_indices": tuple(range(4 if name in _FOUR_STAGES else 3))}  # features_only: every stage
-        model: CifarNet = build_model_with_cfg(network, name, pretrained, feature_cfg=feature_cfg, **kwargs)
+        model: CifarNet = build_model_with_cfg(_made(network), name, pretrained, feature_cfg=feature_cfg, **kwargs)
         return model
 
     create.__name__ = create.__qualname__ = name
