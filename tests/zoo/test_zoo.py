@@ -12,9 +12,11 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 import attar.zoo
+from attar.anatomy import survey
 from attar.errors import AttarError
 
 NAMES = attar.zoo.names()
+PLAIN = ["cifar_cnn_16_32_64", "cifar_cnn_8_16_32"]  # without padding: maps of 15, 6 and 2
 SMALL = ["cifar_resnet20", "cifar_resnet44_bottleneck", "cifar_wrn_16_2"]  # one of each kind of block
 
 
@@ -127,14 +129,14 @@ def test_every_name_builds_and_its_feature_info_is_true(name):
     assert logits.shape == (2, 7)
     assert logits.isfinite().all()
     for info in net.feature_info:
-        side = 32 // info["reduction"]
+        side = {2: 15, 4: 6, 8: 2}[info["reduction"]] if name in PLAIN else 32 // info["reduction"]
         assert seen[info["module"]].shape == (2, info["num_chs"], side, side)
         assert torch.equal(seen[info["module"]], copies[info["module"]])  # nothing modified it later
     features = net.forward_features(images)
     assert torch.equal(features, seen[net.feature_info[-1]["module"]])
     assert features.shape[1] == net.num_features == net.feature_info[-1]["num_chs"]
     assert torch.equal(net.forward_head(features), logits)
-    assert net.forward_head(features, pre_logits=True).shape == (2, net.num_features)
+    assert net.forward_head(features, pre_logits=True).shape == (2, net.head_hidden_size)
     pool = net.default_cfg["pool_size"]
     assert features.shape[2:] == pool
 
@@ -144,14 +146,35 @@ def test_features_only_returns_every_stage(name):
     net = narrow(name, features_only=True).eval()
     maps = net(torch.randn(1, 3, 32, 32))
     assert [m.shape[1] for m in maps] == net.feature_info.channels()
-    assert [32 // m.shape[2] for m in maps] == net.feature_info.reduction()
+    assert name in PLAIN or [32 // m.shape[2] for m in maps] == net.feature_info.reduction()
     assert maps[-1].min() >= 0
 
 
 def test_timm_lists_exactly_these_names():
     assert set(NAMES) == set(timm.list_models("cifar_*"))
-    assert len(NAMES) == len(set(NAMES)) == 27
+    assert len(NAMES) == len(set(NAMES)) == 29
     assert all(name in attar.zoo.__all__ and callable(getattr(attar.zoo, name)) for name in NAMES)
+
+
+@pytest.mark.parametrize(("name", "widths"), [("cifar_cnn_16_32_64", (16, 32, 64)), ("cifar_cnn_8_16_32", (8, 16, 32))])
+def test_plain_networks_are_those_of_the_retrieval_experiments(name, widths):
+    net = create(name)
+    inputs, count = 3, 0
+    for outputs in widths:
+        count += convolution(inputs, outputs, 3) + outputs + 2 * outputs
+        inputs = outputs
+    hidden = 2 * inputs
+    assert parameters(net) == count + (4 * inputs + 1) * hidden + (hidden + 1) * 10
+    images = torch.randn(4, 3, 32, 32)
+    maps = net.forward_features(images)
+    assert torch.equal(net.forward_head(maps, pre_logits=True), net.fc1(maps.flatten(1)).relu())
+    stages = survey(net, images, num_classes=10)[0].stages
+    assert [(stage.channels, stage.height) for stage in stages] == list(zip(widths, (15, 6, 2), strict=True))
+    assert net(torch.randn(2, 3, 22, 22)).shape == net(torch.randn(2, 3, 40, 28)).shape == (2, 10)
+    net.reset_classifier(0)
+    assert net(images).shape == (4, hidden)
+    with pytest.raises(AttarError, match="flattens its last map"):
+        net.reset_classifier(4, "max")
 
 
 @pytest.mark.parametrize("name", SMALL)
@@ -271,7 +294,7 @@ def test_fx_trace_is_exact(name, training):
     assert torch.equal(traced.eval()(images), net.eval()(images))  # the trace has not frozen dropout
 
 
-@pytest.mark.parametrize("name", [*SMALL, "cifar_resnet18"])
+@pytest.mark.parametrize("name", [*SMALL, "cifar_resnet18", "cifar_cnn_8_16_32"])
 def test_export_with_a_dynamic_batch(name):
     net = narrow(name).eval()
     program = torch.export.export(

@@ -17,12 +17,14 @@ from timm.models import resolve_pretrained_cfg as resolve_cfg
 
 from attar.errors import AttarError
 from attar.zoo.cheap import cheap_convolution, cheapen
+from attar.zoo.cnn import CifarCNN
 from attar.zoo.densenet import CifarDenseNet, cifar_densenet
 from attar.zoo.resnet import CifarNet, CifarResNet, cifar_resnet
 from attar.zoo.resnext import CifarResNeXt, cifar_resnext
 from attar.zoo.wide_resnet import WideResNet, wide_resnet
 
 __all__ = [
+    "CifarCNN",
     "CifarDenseNet",
     "CifarNet",
     "CifarResNeXt",
@@ -69,9 +71,19 @@ _NETWORKS: dict[str, Callable[..., CifarNet]] = {
     "cifar_densenet_bc_40_12": partial(CifarDenseNet, 40, 12),
     "cifar_densenet_bc_100_12": partial(CifarDenseNet, 100, 12),
     "cifar_densenet_bc_190_40": partial(CifarDenseNet, 190, 40),
+    # Teacher ("auxiliary") and student of InDistill and of PKT's retrieval experiments.
+    "cifar_cnn_16_32_64": partial(CifarCNN, (16, 32, 64)),
+    "cifar_cnn_8_16_32": partial(CifarCNN, (8, 16, 32)),
 }
 
 _FOUR_STAGES = {"cifar_resnet18", "cifar_resnet50"}
+_PLAIN = {"cifar_cnn_16_32_64", "cifar_cnn_8_16_32"}
+
+
+def _pool_size(name: str) -> tuple[int, int]:
+    side = 2 if name in _PLAIN else 4 if name in _FOUR_STAGES else 8
+    return side, side
+
 
 # timm looks this name up in the module of a registered function.
 default_cfgs = generate_default_cfgs(
@@ -79,8 +91,8 @@ default_cfgs = generate_default_cfgs(
         name: {
             "num_classes": 10,
             "input_size": (3, 32, 32),
-            "min_input_size": (3, 8, 8),
-            "pool_size": (4, 4) if name in _FOUR_STAGES else (8, 8),
+            "min_input_size": (3, 22, 22) if name in _PLAIN else (3, 8, 8),
+            "pool_size": _pool_size(name),
             "crop_pct": 1.0,
             "interpolation": "bilinear",
             "mean": (0.4914, 0.4822, 0.4465),
