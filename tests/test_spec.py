@@ -1,13 +1,16 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
+from torch import nn
 
 from attar.errors import AttarError
+from attar.method import Method
 from attar.methods import KD, ONE
-from attar.spec import TrainSpec, method_options, parse
+from attar.spec import TrainSpec, method_options, parse, peer_options, teacher_options
 
 RUN = {"methods": [{"name": "ONE"}], "model": "resnet18", "data": "digits"}
 
@@ -63,3 +66,41 @@ def test_a_methods_options_are_its_constructors_arguments() -> None:
     assert method_options(KD).model_fields["teachers"].annotation == tuple[str, ...]
     with pytest.raises(AttarError, match=r"no option 'branch': did you mean 'branches'\?"):
         parse(method_options(ONE), {"branch": 2})
+
+
+class Cohort(Method):
+    """A method that takes networks which train beside the student."""
+
+    def __init__(self, *, peers: int | nn.Module | Sequence[nn.Module] = 1, tail: nn.Module | None = None) -> None:
+        super().__init__()
+        self.peers = peers
+
+
+@pytest.mark.parametrize(
+    ("given", "understood"),
+    [
+        (2, 2),
+        ("2", 2),
+        (["2"], 2),
+        ([3], 3),
+        ("-1", -1),
+        ("cifar_resnet32", ("cifar_resnet32",)),
+        (["cifar_resnet32"], ("cifar_resnet32",)),
+        (["cifar_resnet32", "resnet18"], ("cifar_resnet32", "resnet18")),
+        ("[cifar_resnet32, resnet18]", ("cifar_resnet32", "resnet18")),
+    ],
+)
+def test_peers_are_a_number_or_names(given: object, understood: object) -> None:
+    assert (peer_options(Cohort), teacher_options(Cohort)) == ({"peers"}, frozenset())
+    options = parse(method_options(Cohort), {"peers": given})
+    assert options.peers == understood
+    # As a run folder keeps them.
+    kept = json.loads(json.dumps(options.model_dump(mode="json")))
+    assert parse(method_options(Cohort), kept).peers == understood
+    assert "tail" not in kept
+
+
+@pytest.mark.parametrize("given", [2.5, [], "", [1, "resnet18"], {"a": 1}])
+def test_other_peers_are_refused(given: object) -> None:
+    with pytest.raises(AttarError, match=r"Option 'peers' cannot be .*: give how many, or the names of their models\."):
+        parse(method_options(Cohort), {"peers": given})

@@ -110,7 +110,9 @@ def values_of(given: Mapping[str, Any], kind: type[BaseModel], prefix: str = "")
 def _shape(annotation: Any) -> tuple[Literal["flag", "many", "pairs", "one"], dict[str, Any]]:
     """Return how many words an option of this type takes, and how argparse is told."""
     if typing.get_origin(annotation) in (typing.Union, types.UnionType):
-        annotation = next(part for part in typing.get_args(annotation) if part is not type(None))
+        parts = [part for part in typing.get_args(annotation) if part is not type(None)]
+        # What may be several words is, whatever else it may be (peers: a number, or names).
+        annotation = next((part for part in parts if typing.get_origin(part) is tuple), parts[0])
     origin = typing.get_origin(annotation) or annotation
     if origin is bool:
         return "flag", {}

@@ -12,10 +12,11 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, create_model, model_validator
+from pydantic_core import PydanticCustomError
 
 from attar.errors import AttarError, unknown_name
 
-__all__ = ["FREE", "MethodSpec", "TrainSpec", "method_options", "parse", "teacher_options"]
+__all__ = ["FREE", "MethodSpec", "TrainSpec", "method_options", "parse", "peer_options", "teacher_options"]
 
 
 S = TypeVar("S", bound=BaseModel)
@@ -34,7 +35,7 @@ class MethodSpec(_Spec):
     Args:
         name: as listed by `attar methods`.
         options: keyword arguments of the method; a teacher is given as the run folder that trained it, or as
-            MODEL=FILE with a weights file.
+            MODEL=FILE with a weights file; peers as their number, or as the names of their models.
     """
 
     name: str
@@ -160,12 +161,13 @@ def _sentence(error: ValidationError, kind: type[BaseModel]) -> AttarError:
 def method_options(method: type) -> type[BaseModel]:
     """Derive the options of a method from its constructor: names, types and defaults in one place.
 
-    Arguments that are networks (teachers) become strings: a run folder, or MODEL=FILE. Arguments that only make sense
-    in Python (a module of the student's own layers) are left out.
+    Arguments that are trained networks (teachers) become strings: a run folder, or MODEL=FILE. Networks that train
+    beside the student (peers) become their number or the names of their models. Arguments that only make sense in
+    Python (a module of the student's own layers) are left out.
     """
     fields: dict[str, Any] = {}
     hints = typing.get_type_hints(method.__init__)  # type: ignore[misc]
-    teachers = teacher_options(method)
+    teachers, peers = teacher_options(method), peer_options(method)
     for name, parameter in inspect.signature(method).parameters.items():
         if parameter.kind in (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD):
             continue  # a method without a constructor of its own has nn.Module's
@@ -174,6 +176,8 @@ def method_options(method: type) -> type[BaseModel]:
             kind = Annotated[
                 tuple[str, ...], BeforeValidator(lambda given: (given,) if isinstance(given, str) else given)
             ]
+        elif name in peers:
+            kind = Annotated[int | tuple[str, ...], BeforeValidator(_peers)]
         elif _mentions(kind, "Module"):
             continue
         default = ... if parameter.default is inspect.Parameter.empty else parameter.default
@@ -185,6 +189,28 @@ def teacher_options(method: type) -> frozenset[str]:
     """Return the constructor arguments of a method that are trained networks."""
     hints = typing.get_type_hints(method.__init__)  # type: ignore[misc]
     return frozenset(name for name in inspect.signature(method).parameters if _mentions(hints.get(name), "Teacher"))
+
+
+def peer_options(method: type) -> frozenset[str]:
+    """Return the constructor arguments of a method that are a number of networks or untrained networks."""
+    hints = typing.get_type_hints(method.__init__)  # type: ignore[misc]
+    kinds = {name: hints.get(name) for name in inspect.signature(method).parameters}
+    return frozenset(name for name, kind in kinds.items() if _mentions(kind, "Module") and _mentions(kind, "int"))
+
+
+def _peers(given: Any) -> int | tuple[str, ...]:
+    """Read peers as they are typed: `2`, `resnet18`, or several names, which a comparison's labels put in brackets."""
+    words = list(given) if isinstance(given, list | tuple) else [given]
+    if len(words) == 1:
+        if isinstance(words[0], int):
+            return words[0]
+        if isinstance(words[0], str):
+            if words[0].strip().lstrip("+-").isdecimal():
+                return int(words[0])
+            words = [name.strip() for name in words[0].strip().removeprefix("[").removesuffix("]").split(",")]
+    if not words or not all(isinstance(word, str) and word for word in words):
+        raise PydanticCustomError("peers", "give how many, or the names of their models")
+    return tuple(words)
 
 
 def _mentions(kind: Any, name: str) -> bool:

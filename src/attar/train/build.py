@@ -13,7 +13,7 @@ from attar.data import Source, Split, open_source
 from attar.errors import AttarError
 from attar.method import Method
 from attar.methods import find
-from attar.spec import MethodSpec, TrainSpec, method_options, parse, teacher_options
+from attar.spec import MethodSpec, TrainSpec, method_options, parse, peer_options, teacher_options
 from attar.teacher import Normalization, Teacher
 from attar.train.models import load_weights, make_model
 from attar.train.student import load_student
@@ -34,11 +34,11 @@ def build_model(spec: TrainSpec, num_classes: int, in_chans: int = 3) -> nn.Modu
 
 
 def build_methods(spec: TrainSpec, num_classes: int) -> list[Method]:
-    """Make the methods, their options checked against their constructors, their teachers loaded.
+    """Make the methods, their options checked against their constructors, their teachers loaded, their peers drawn.
 
     Raises:
-        AttarError: an unknown method or option (with the nearest name), a value of the wrong type, a teacher that
-            cannot be loaded.
+        AttarError: an unknown method, option or model (with the nearest name), a value of the wrong type, a teacher
+            that cannot be loaded.
     """
     return [_method(chosen, num_classes) for chosen in spec.methods]
 
@@ -54,6 +54,9 @@ def _method(chosen: MethodSpec, num_classes: int) -> Method:
     for name in teachers & arguments.keys():
         if arguments[name] is not None:
             arguments[name] = [load_teacher(text, num_classes) for text in arguments[name]]
+    for name in peer_options(kind) & arguments.keys():
+        if isinstance(arguments[name], tuple):
+            arguments[name] = [make_model(model, num_classes) for model in arguments[name]]
     return kind(**arguments)
 
 

@@ -1,0 +1,232 @@
+"""Peers: whole networks that train beside the student, each a student of the others."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+from attar.anatomy import Anatomy, Recorder, Tap, overwritten, replica, survey
+from attar.errors import AttarError
+from attar.functional import ensemble_log_probs, full_precision
+from attar.method import Batch, Outputs, Probe
+
+__all__ = ["Ensemble", "PeerBatch", "Peers", "one_view_each"]
+
+Mixture = Literal["probabilities", "logits"]
+
+
+class Peers(nn.Module):
+    """The networks that a method trains beside the student, in the student's own forward.
+
+    Set as an attribute of the method they are its children: trained with the student, saved with it, gone after
+    `strip`. Replicas of the student are drawn afresh when they are built, so that no two networks begin alike: equal
+    networks that see the same images stay equal and have nothing to teach.
+
+    Args:
+        peers: how many further networks of the student's kind; or one untrained network or several, of any kind.
+        method: who asks, for the sentences.
+
+    Raises:
+        AttarError: a negative number, or something that is no network.
+
+    Example:
+        >>> import torch, attar
+        >>> class Mean(attar.Method):
+        ...     def __init__(self, peers: int | Sequence[nn.Module] = 1) -> None:
+        ...         super().__init__()
+        ...         self.peers = Peers(peers, "Mean")
+        ...     def build(self, probe):
+        ...         self.peers.build(probe)
+        ...     def losses(self, outputs, batch, progress):
+        ...         logits = self.peers(outputs.images)
+        ...         return {"ce_peers": torch.stack([outputs.task_loss(z, batch.targets) for z in logits]).sum()}
+        ...     def deployables(self, student):
+        ...         return self.peers.deployables(student)
+    """
+
+    def __init__(self, peers: int | nn.Module | Sequence[nn.Module], method: str) -> None:
+        super().__init__()
+        self._method = method
+        self._replicas = peers if isinstance(peers, int) else 0
+        if self._replicas < 0:
+            raise AttarError(f"{method} cannot have {peers} peers: give how many networks train beside the student.")
+        given: list[nn.Module] = []
+        if not isinstance(peers, int):
+            one = isinstance(peers, nn.Module) and not isinstance(peers, nn.ModuleList)
+            given = [peers] if one else list(peers)  # type: ignore[list-item, arg-type]
+        for network in given:
+            if not isinstance(network, nn.Module):
+                raise AttarError(f"{method}'s peers are networks or their number, not {network!r}.")
+        self.networks = nn.ModuleList(given)
+        self._recorders: list[Recorder] = []
+        self._anatomies: list[Anatomy] = []
+        self._made_out_of_place: list[list[str]] = []
+        self._task_loss: Callable[[Tensor, Tensor], Tensor] | None = None
+
+    def __len__(self) -> int:
+        """How many they are, known before `build`."""
+        return max(self._replicas, len(self.networks))
+
+    def build(self, probe: Probe, *, taps: Callable[[Anatomy], Sequence[Tap]] | None = None) -> None:
+        """Make the replicas of the student, or check the networks that were given.
+
+        Args:
+            probe: what the method's own `build` was given.
+            taps: what `outputs` records of every peer, from its anatomy (a method's own `taps`, mostly). None: the
+                peers are asked for logits only and may be networks in which no stage can be found.
+
+        Raises:
+            AttarError: a given network that is the student, is given twice, begins exactly as another one, refuses the
+                images or does not return [N, num_classes].
+        """
+        given = len(self.networks)
+        self.networks.extend(replica(probe.student) for _ in range(self._replicas))
+        self.to(device=probe.images.device, dtype=probe.images.dtype)
+        modes = {module: module.training for module in self.modules()}
+        self.eval()
+        for number, network in enumerate(self.networks[:given], 1):
+            self._check(network, number, probe)
+        self._task_loss = probe.task.loss
+        if taps is not None:
+            for network in self.networks:
+                anatomy = survey(network, probe.images, None, probe.task.num_classes)[0] if given else probe.anatomy
+                self._anatomies.append(anatomy)
+                self._record(network, taps(anatomy), probe.images)
+        for module, mode in modes.items():
+            module.training = mode
+
+    def _check(self, network: nn.Module, number: int, probe: Probe) -> None:
+        name = f"{self._method}'s peer {number} ({type(network).__name__})"
+        for other in (probe.student, *self.networks[: number - 1]):
+            whose = "the student's" if other is probe.student else "another peer's"
+            if {id(p) for p in network.parameters()} & {id(p) for p in other.parameters()}:
+                raise AttarError(f"{name} has {whose} own weights as its own: give every peer a network of its own.")
+            if _begin_alike(network, other):
+                raise AttarError(
+                    f"{name} begins with a copy of {whose} weights, so they would never differ: draw them afresh."
+                )
+        try:
+            with torch.no_grad():
+                output = network(probe.images)
+        except (RuntimeError, ValueError, AssertionError, IndexError, TypeError) as error:
+            reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+            raise AttarError(
+                f"{name} refuses images of shape {list(probe.images.shape[1:])} ({reason}): "
+                "give a network for the student's images."
+            ) from error
+        probe.task.check_logits(output, f"peer {number}")
+
+    def _record(self, network: nn.Module, taps: Sequence[Tap], images: Tensor) -> None:
+        touched, writers = overwritten(network, taps, images)
+        for path in writers:
+            network.get_submodule(path).inplace = False  # type: ignore[assignment]
+        if writers:
+            touched, _ = overwritten(network, taps, images)
+        self._made_out_of_place.append(writers)
+        self._recorders.append(Recorder(network, taps, touched))
+
+    def forward(self, images: Tensor | Sequence[Tensor]) -> list[Tensor]:
+        """Return the logits [N, K] of every peer, for images that all of them see or one batch of images each."""
+        return [self._logits(network(x)) for network, x in zip(self.networks, self._each(images), strict=True)]
+
+    def outputs(self, images: Tensor | Sequence[Tensor]) -> list[Outputs]:
+        """Return logits and taps of every peer, from one pass each; needs `build(probe, taps=...)`."""
+        if len(self._recorders) != len(self.networks):
+            raise TypeError("Say beforehand what is read of the peers: Peers.build(probe, taps=...).")
+        return [self._pass(number, x) for number, x in enumerate(self._each(images))]
+
+    def _pass(self, number: int, images: Tensor) -> Outputs:
+        logits, values = self._recorders[number].run(images)
+        assert self._task_loss is not None
+        anatomy = self._anatomies[number]
+        return Outputs(images, self._logits(logits), values, anatomy, self._task_loss, partial(self._pass, number))
+
+    def _each(self, images: Tensor | Sequence[Tensor]) -> Sequence[Tensor]:
+        return [images] * len(self.networks) if isinstance(images, Tensor) else images
+
+    def _logits(self, output: object) -> Tensor:
+        if not isinstance(output, Tensor):  # some networks return auxiliary outputs in training only
+            raise AttarError(
+                f"A peer of {self._method} returns a {type(output).__name__} instead of one logits tensor: "
+                "switch its auxiliary outputs off."
+            )
+        return output
+
+    def deployables(self, student: nn.Module, mixture: Mixture = "probabilities") -> dict[str, nn.Module]:
+        """Return every peer ("peer1", ...) and the mean of student and peers ("ensemble"); nothing without peers."""
+        plain = [self._plain(number) for number in range(len(self.networks))]
+        if not plain:
+            return {}
+        named: dict[str, nn.Module] = {f"peer{number}": network for number, network in enumerate(plain, 1)}
+        return {**named, "ensemble": Ensemble([student, *plain], mixture)}
+
+    def _plain(self, number: int) -> nn.Module:
+        """The peer without the hooks that read it: the same tensors in modules of their own."""
+        network = self.networks[number]
+        if not self._recorders:
+            return network
+        shared = {id(tensor): tensor for tensor in (*network.parameters(), *network.buffers())}
+        copied = copy.deepcopy(network, shared)
+        self._recorders[number].remove_from_copy(copied)
+        for path in self._made_out_of_place[number]:
+            copied.get_submodule(path).inplace = True  # type: ignore[assignment]
+        return copied
+
+
+def _begin_alike(one: nn.Module, other: nn.Module) -> bool:
+    ours, theirs = dict(one.named_parameters()), dict(other.named_parameters())
+    if ours.keys() != theirs.keys():
+        return False
+    return all(p.shape == theirs[key].shape and bool((p == theirs[key]).all()) for key, p in ours.items())
+
+
+class Ensemble(nn.Module):
+    """Networks whose mean is the answer, images [N, C, H, W] -> logits [N, K].
+
+    Definition: `log (1/M) sum_m softmax(z_m)`, or `(1/M) sum_m z_m` for the mixture "logits".
+    """
+
+    def __init__(self, networks: Sequence[nn.Module], mixture: Mixture = "probabilities") -> None:
+        super().__init__()
+        self.networks = nn.ModuleList(networks)
+        self.mixture = mixture
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Return the mixture's logits (log-probabilities where probabilities are averaged)."""
+        logits = [network(images) for network in self.networks]
+        if self.mixture == "probabilities":
+            return ensemble_log_probs(logits)
+        return torch.stack([full_precision(z) for z in logits]).mean(dim=0)
+
+
+@dataclass(frozen=True)
+class PeerBatch(Batch):
+    """A batch of which the student sees the first view alone; the others are for its peers.
+
+    Args:
+        peer_images: one [N, C, H, W] for every peer, further views of the same samples.
+    """
+
+    peer_images: tuple[Tensor, ...] = ()
+
+
+def one_view_each(batch: Batch, peers: int) -> PeerBatch:
+    """Give the student the first view of every image and each peer one of the next; for a method's `prepare`."""
+    first = _first_view(batch)
+    partners = _first_view(batch.partners) if batch.partners is not None else None
+    others = batch.images.chunk(batch.views)[1 : 1 + peers]
+    return PeerBatch(first.images, first.targets, first.index, first.labels, 1, partners, tuple(others))
+
+
+def _first_view(batch: Batch) -> Batch:
+    def first(tensor: Tensor | None) -> Tensor | None:
+        return None if tensor is None else tensor[: len(batch.images) // batch.views]
+
+    images, targets = (tensor[: len(batch.images) // batch.views] for tensor in (batch.images, batch.targets))
+    return replace(batch, images=images, targets=targets, index=first(batch.index), labels=first(batch.labels), views=1)
