@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import re
-from typing import NamedTuple, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 from torch import nn
 
@@ -68,7 +68,6 @@ def cheap_convolution(conv: nn.Conv2d, kind: str, name: str = "the convolution")
     """
     form = _form(kind)
     inputs, outputs = conv.in_channels, conv.out_channels
-    like = {"device": conv.weight.device, "dtype": conv.weight.dtype}
 
     def divided(channels: int, by: int) -> int:
         if channels % by:
@@ -81,17 +80,18 @@ def cheap_convolution(conv: nn.Conv2d, kind: str, name: str = "the convolution")
     def spatial(channels: int, into: int, bias: bool) -> nn.Conv2d:
         groups = divided(channels, form.of_channels) if form.of_channels else form.groups
         divided(channels, groups)
-        # Two taps that are two apart reach as far as three.
-        dilation = tuple(d * (2 if form.side == 2 else 1) for d in conv.dilation)
+        # Two weights that are two apart reach as far as three.
+        dilation = (2 * conv.dilation[0], 2 * conv.dilation[1]) if form.side == 2 else conv.dilation
+        settings: dict[str, Any] = {"stride": conv.stride, "padding": conv.padding, "dilation": dilation}
         return nn.Conv2d(
-            channels, into, form.side, conv.stride, conv.padding, dilation, groups, bias, conv.padding_mode, **like
-        )  # fmt: skip
+            channels, into, form.side, groups=groups, bias=bias, padding_mode=conv.padding_mode, **settings
+        )
 
     def point(channels: int, into: int, bias: bool = False) -> nn.Conv2d:
-        return nn.Conv2d(channels, into, 1, bias=bias, **like)
+        return nn.Conv2d(channels, into, 1, bias=bias)
 
     def between(channels: int) -> tuple[nn.Module, nn.Module]:
-        return nn.BatchNorm2d(channels, **like), nn.ReLU(inplace=True)
+        return nn.BatchNorm2d(channels), nn.ReLU(inplace=True)
 
     bias = conv.bias is not None
     layers: tuple[nn.Module, ...]
@@ -111,7 +111,8 @@ def cheap_convolution(conv: nn.Conv2d, kind: str, name: str = "the convolution")
             nn.init.normal_(layer.weight, 0.0, math.sqrt(2 / (math.prod(layer.kernel_size) * layer.out_channels)))
             if layer.bias is not None:
                 nn.init.zeros_(layer.bias)
-    return (layers[0] if len(layers) == 1 else nn.Sequential(*layers)).train(conv.training)
+    cheap = layers[0] if len(layers) == 1 else nn.Sequential(*layers)
+    return cheap.to(conv.weight.device, conv.weight.dtype).train(conv.training)
 
 
 class _Form(NamedTuple):
