@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -118,20 +120,65 @@ def evaluate(words: list[str]) -> int:
     parser.add_argument("folder", metavar="RUN", help="folder of a finished run, or its student folder with --data")
     parser.add_argument("--data", metavar="TEXT", help="other images of the same classes; default: the run's")
     parser.add_argument("--split", default="test", metavar="TEXT", help="test, holdout or train (default: test)")
+    parser.add_argument(
+        "--retrieval", action="store_true", help="also let the images search the training images: mAP, top-k precision"
+    )
     parser.add_argument("--json", action="store_true", help="print one line of JSON")
     given = parser.read(words)
     from rich.table import Table
 
-    from attar.train import evaluate_run
+    from attar.train import evaluate_run, retrieve_run
 
     if not Path(given["folder"]).is_dir():
         raise AttarError(f"There is no folder '{given['folder']}': give the folder of a finished run.")
-    metrics = evaluate_run(given["folder"], data=given["data"], split=given["split"]).as_dict()
+    if given["retrieval"] and given["split"] == "train":
+        raise AttarError("Retrieval searches the training images: take the queries from split test or holdout.")
+    chosen = {"data": given["data"], "split": given["split"]}
+    metrics = evaluate_run(given["folder"], **chosen).as_dict()
+    retrieval = {}
+    if given["retrieval"]:
+        with _share_bar("retrieval") as progress:
+            found = retrieve_run(given["folder"], **chosen, progress=progress)
+        retrieval = {distance: scores.as_dict() for distance, scores in found.items()}
     console = make_console()
     if given["json"]:
-        console.print(json.dumps(metrics), markup=False, soft_wrap=True)
+        told = {**metrics, "retrieval": retrieval} if retrieval else metrics
+        console.print(json.dumps(told), markup=False, soft_wrap=True)
         return 0
     table = Table("", "images", "top-1", "top-5", "NLL", "calibration error", **PLAIN_TABLE)
     table.add_row(given["split"], *_metric_cells(metrics))
     console.print(table)
+    if retrieval:
+        _show_retrieval(retrieval, console)
     return 0
+
+
+@contextmanager
+def _share_bar(said: str) -> Iterator[Callable[[float], None]]:
+    """Show on a terminal how much of some work is done; elsewhere nothing."""
+    from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
+
+    console = make_console(stderr=True)
+    columns = (TextColumn("{task.description}"), BarColumn(), TaskProgressColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as progress:
+        task = progress.add_task(said, total=1.0)
+        yield lambda share: progress.update(task, completed=share)
+
+
+def _show_retrieval(retrieval: dict[str, dict[str, Any]], console: Console) -> None:
+    from rich.table import Table
+
+    first = next(iter(retrieval.values()))
+    table = Table("retrieval", "queries", "database", "mAP", *(f"top-{k}" for k in first["precision"]), **PLAIN_TABLE)
+    for name, prefix in (("", ""), (", batch-interpolated", "batch_interpolated_")):
+        for distance, scores in retrieval.items():
+            shares = [scores[f"{prefix}map"], *scores[f"{prefix}precision"].values()]
+            sizes = (str(scores["queries"]), str(scores["database"]))
+            table.add_row(f"{distance}{name}", *sizes, *(f"{share:.2%}" for share in shares))
+    console.print()
+    console.print(table)
+    console.print(
+        f"\nBatch-interpolated is what released code computes, {first['batch']} queries at a time: "
+        "for comparison with published tables only.",
+        soft_wrap=True,
+    )

@@ -1,9 +1,11 @@
-"""Measuring a network on one split: accuracy, likelihood, calibration."""
+"""Measuring a network on one split: accuracy, likelihood, calibration; and a run's student, also by retrieval."""
 
 from __future__ import annotations
 
 import dataclasses
 import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,14 +14,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from attar.data import EvalLoader, Normalization, Split, open_source
+from attar.data import EvalLoader, Normalization, Source, Split, open_source
 from attar.errors import AttarError, unknown_name
 from attar.spec import TrainSpec
 from attar.train.distributed import Ranks, join
 from attar.train.predictions import Predictions
-from attar.train.student import load_student
+from attar.train.retrieval import Retrieval, measure_retrieval
+from attar.train.student import Student, load_student
 
-__all__ = ["Metrics", "evaluate", "evaluate_run", "measure"]
+__all__ = ["Metrics", "evaluate", "evaluate_run", "measure", "retrieve_run"]
 
 # One size for every evaluation, whatever the training's: the same batches give the same numbers to the last bit.
 _BATCH = 250
@@ -148,6 +151,51 @@ def evaluate_run(folder: str | Path, *, data: str | None = None, split: str = "t
     Raises:
         AttarError: no student there, no such split, or images of other classes.
     """
+    with _opened(folder, data, split) as (student, source, ranks):
+        return evaluate(
+            student.network,
+            source.splits[split],
+            Normalization(student.mean, student.std),
+            len(source.classes),
+            ranks=ranks,
+        )
+
+
+def retrieve_run(
+    folder: str | Path,
+    *,
+    data: str | None = None,
+    split: str = "test",
+    progress: Callable[[float], None] | None = None,
+) -> dict[str, Retrieval]:
+    """Measure by retrieval the student of a run folder: a split's images search the training images.
+
+    Args:
+        folder: as of `evaluate_run`.
+        data: other images with the same classes, both to ask and to search; default: the run's.
+        split: where the queries come from, `test` or `holdout`.
+        progress: told the share of the work that is done, in 0..1.
+
+    Returns:
+        What `measure_retrieval` says, by distance.
+
+    Raises:
+        AttarError: as `evaluate_run` and `measure_retrieval`.
+    """
+    with _opened(folder, data, split) as (student, source, ranks):
+        return measure_retrieval(
+            student.network,
+            source,
+            Normalization(student.mean, student.std),
+            split=split,
+            ranks=ranks,
+            progress=progress,
+        )
+
+
+@contextmanager
+def _opened(folder: str | Path, data: str | None, split: str) -> Iterator[tuple[Student, Source, Ranks]]:
+    """Load a student on the device and open the images it is to be measured on."""
     folder = Path(folder)
     student = load_student(folder)
     home = folder if (folder / "spec.json").is_file() else folder.parent
@@ -168,10 +216,5 @@ def evaluate_run(folder: str | Path, *, data: str | None = None, split: str = "t
                 f"'{source.name}' has other classes, or in another order, than those the student was trained on "
                 f"({len(source.classes)} against {len(student.classes)}): give images of the same classes."
             )
-        return evaluate(
-            student.network.to(device=ranks.device, memory_format=torch.channels_last),  # type: ignore[call-overload]
-            source.splits[split],
-            Normalization(student.mean, student.std),
-            len(source.classes),
-            ranks=ranks,
-        )
+        student.network.to(device=ranks.device, memory_format=torch.channels_last)  # type: ignore[call-overload]
+        yield student, source, ranks
