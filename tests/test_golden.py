@@ -31,7 +31,7 @@ from attar.functional import (
 )
 from attar.functional.label_augmentation import Transform, joint_labels, transformed
 from attar.method import Method
-from attar.methods import BAKE, BYOT, CSKD, DDGSD, FRSKD, KD, ONE, PSKD, SAD, SLA, SPKD, TfKD
+from attar.methods import AT, BAKE, BYOT, CSKD, DDGSD, DML, FRSKD, KD, ONE, PSKD, SAD, SLA, SPKD, TfKD
 
 DIRECTORY = Path(os.environ.get("ATTAR_GOLDEN") or Path(__file__).parent / "golden")
 Tensors = dict[str, Tensor]
@@ -182,6 +182,30 @@ def at(hyper: dict[str, Any], t: Tensors, mode: str) -> None:
     assert_golden(loss, t["out64.loss"], "loss")
     assert_golden(student.grad, t["grad64.f_s"], "gradient of the student's features")
     assert teacher.grad is None
+
+    # The same through the method itself; a square map belongs to a square image.
+    student = leaf(t["in.f_s"])
+    size = 8 if teacher.shape[2] == teacher.shape[3] else None
+    distiller, images = _taught(lambda given: AT(given, **_ONLY), [student], [t["in.f_t"].double()], size)
+    terms = distiller((images, torch.zeros(len(images), dtype=torch.long)), 0.5)
+    terms.losses["AT.attention"].backward()
+    assert_golden(terms.losses["AT.attention"], t["out64.loss"], "AT.attention")
+    assert_golden(student.grad, t["grad64.f_s"], "gradient through the distiller")
+
+
+# The one stage of `_Features` on both sides, named.
+_ONLY: dict[str, Any] = {"stages": ("stages.0",), "teacher_stages": ("stages.0",)}
+
+
+def _taught(
+    make: Callable[[attar.Teacher], Method], ours: list[Tensor], theirs: list[Tensor], teacher_size: int | None = None
+) -> tuple[attar.Distiller, Tensor]:
+    """Build a method on a student and a teacher whose stages hold these features; return images of their number."""
+    method = make(attar.Teacher(_Features(*theirs), image_size=teacher_size))
+    names = [f"stages.{number}" for number in range(len(ours))]
+    distiller = attar.Distiller(_Features(*ours), [method], attar.Classification(2), stages=names)
+    images = torch.zeros(len(ours[0]), 1, *ours[0].shape[2:], dtype=torch.float64)
+    return distiller.build(images), images
 
 
 class _Map(nn.Module):
@@ -675,6 +699,29 @@ def bake(hyper: dict[str, Any], t: Tensors, mode: str) -> None:
     assert features.grad is None
 
 
+def dml(hyper: dict[str, Any], t: Tensors, mode: str) -> None:
+    """OKDDip's re-implementation: its targets have a gradient, its "ensemble" is the mean of the others' logits."""
+    networks = [_Stored(torch.zeros(2, t["in.logits"].shape[1], dtype=torch.float64)) for _ in range(hyper["K"])]
+    target = {"pairwise": "each", "ensemble": "logits"}[hyper["variant"]]
+    method = DML(
+        peers=networks[1:],
+        temperature=hyper["T"],
+        target=target,
+        target_shift=1e-7,
+        constant_targets=False,
+    )
+    distiller = attar.Distiller(networks[0], [method], attar.Classification(t["in.logits"].shape[1]), stages=["stage"])
+    images = torch.zeros(len(t["in.labels"]), 1, 4, 4, dtype=torch.float64)
+    distiller.build(images)
+    logits = leaf(t["in.logits"])
+    for number, network in enumerate(networks):
+        network.logits = logits[:, :, number]
+    terms = distiller((images, t["in.labels"]), 0.5)
+    terms.total().backward()
+    assert_golden(terms.total(), t["out64.loss"], "loss")
+    assert_golden(logits.grad, t["grad64.logits"], "gradient of all logits")
+
+
 HANDLERS: dict[str, Callable[[dict[str, Any], Tensors, str], None]] = {
     "at": at,
     "bake": bake,
@@ -682,6 +729,7 @@ HANDLERS: dict[str, Callable[[dict[str, Any], Tensors, str], None]] = {
     "byot_thirdparty": byot_thirdparty,
     "cs_kd": cs_kd,
     "ddgsd": ddgsd,
+    "dml": dml,
     "frskd": frskd,
     "kd": kd,
     "one": one,

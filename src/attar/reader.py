@@ -38,9 +38,14 @@ def as_teachers(teachers: Teacher | nn.Module | Sequence[Teacher | nn.Module] | 
 
 
 def adapt_teacher(
-    teacher: Teacher, student: nn.Module, normalization: Normalization | None, images: Tensor, method: str
+    teacher: Teacher,
+    student: nn.Module,
+    normalization: Normalization | None,
+    images: Tensor,
+    method: str,
+    stages: Sequence[str] | None = None,
 ) -> Anatomy:
-    """Adapt a teacher to the student's images and return its own stages.
+    """Adapt a teacher to the student's images and return its own stages (see `teacher_anatomy`).
 
     Raises:
         AttarError: the teacher is the student itself, or refuses the images.
@@ -48,14 +53,19 @@ def adapt_teacher(
     if teacher.network is student:
         raise AttarError(f"{method}'s teacher is the student itself: give it another, trained network.")
     teacher.adapt(normalization, images)
-    return teacher_anatomy(teacher, images)
+    return teacher_anatomy(teacher, images, stages)
 
 
-def teacher_anatomy(teacher: Teacher, images: Tensor) -> Anatomy:
+def teacher_anatomy(teacher: Teacher, images: Tensor, stages: Sequence[str] | None = None) -> Anatomy:
     """Return the stages of an adapted teacher as it sees these images, which are normalised for the student.
 
+    Args:
+        teacher: knows how the student's images are normalised.
+        images: an example batch [N, C, H, W].
+        stages: modules to use as stages, where the user has named some.
+
     Raises:
-        AttarError: the teacher refuses the images, or no stage could be found.
+        AttarError: the teacher refuses the images, a name does not exist, or no stage could be found.
     """
     seen: list[Tensor] = []
 
@@ -70,7 +80,7 @@ def teacher_anatomy(teacher: Teacher, images: Tensor) -> Anatomy:
         pass
     finally:
         handle.remove()
-    return survey(teacher.network, seen[0])[0]
+    return survey(teacher.network, seen[0], stages)[0]
 
 
 def chosen_stages(

@@ -74,6 +74,7 @@ def attention_transfer(
     *,
     form: Literal["code", "paper"] = "code",
     power: float = 2,
+    reduce: Literal["mean", "max"] = "mean",
     resize: bool = False,
 ) -> Tensor:
     """Attention transfer (AT) at one level: the distance between two L2-normalised attention maps.
@@ -90,6 +91,7 @@ def attention_transfer(
         target: what is imitated.
         form: the released code's reduction or the printed one.
         power: p of the attention map.
+        reduce: how channels are joined; the sum gives the same as the mean, since maps are normalised.
         resize: when sizes differ, average-pool the larger features to the smaller size first.
 
     Raises:
@@ -105,7 +107,7 @@ def attention_transfer(
     if features.shape[0] != target.shape[0] or features.shape[2:] != target.shape[2:]:
         raise ValueError(f"Maps of {list(features.shape)} and {list(target.shape)} cannot be compared: resize one.")
     # The mean over channels, since sums of many squares leave less room before float32 overflows.
-    a, t = (flat_map(attention_map(f, power=power, reduce="mean"), "l2") for f in (features, target))
+    a, t = (flat_map(attention_map(f, power=power, reduce=reduce), "l2") for f in (features, target))
     if form == "paper":
         distances: Tensor = torch.linalg.vector_norm(a - t, dim=1)
         return distances.mean()

@@ -114,7 +114,7 @@ class SPKD(Method):
             if teacher.network is probe.student:
                 raise AttarError("SPKD's teacher is the student itself: give an earlier training, or no teacher.")
             teacher.adapt(probe.normalization, probe.images)
-            anatomy = teacher_anatomy(teacher, probe.images)
+            anatomy = teacher_anatomy(teacher, probe.images, self.teacher_stages)
             theirs = chosen_stages(anatomy, self.teacher_stages, self.layers)
             pairs = paired_stages(self._stages, theirs, method="SPKD", teacher=teacher.name, named=named)
             own, theirs = zip(*pairs, strict=True)
