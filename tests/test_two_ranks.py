@@ -12,12 +12,14 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
+from attar.method import Method
+from networks import IMAGES, LABELS, Net
 from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 
 import attar
-from attar.method import Method
 from attar.methods import (
+    AT,
     BAKE,
     BYOT,
     CSKD,
@@ -36,9 +38,9 @@ from attar.methods import (
     Supervised,
     TfKD,
 )
-from networks import IMAGES, LABELS, Net
 
 METHODS: dict[str, Callable[[], Method]] = {
+    "AT": lambda: AT(Net().double()),
     "BAKE": lambda: BAKE(),
     # The norm over the whole batch is the hint that must be gathered.
     "BYOT": lambda: BYOT(form="journal", hint_last=True, head_norm=False),

@@ -6,13 +6,15 @@ from collections.abc import Callable
 
 import pytest
 import torch
+from architectures import ARCHITECTURES, Architecture, HandWritten
+from attar.errors import AttarError
+from attar.method import Method
+from attar.testing import MethodContract
 from torch import nn
 
 import attar
-from architectures import ARCHITECTURES, Architecture
-from attar.errors import AttarError
-from attar.method import Method
 from attar.methods import (
+    AT,
     BAKE,
     BYOT,
     CSKD,
@@ -31,7 +33,6 @@ from attar.methods import (
     Supervised,
     TfKD,
 )
-from attar.testing import MethodContract
 
 
 def small_teacher(classes: int) -> nn.Module:
@@ -47,6 +48,7 @@ def small_teacher(classes: int) -> nn.Module:
 
 # One line per method: every method of attar stands here (see the last test).
 METHODS: dict[str, Callable[[int], Method]] = {
+    "AT": lambda classes: AT(HandWritten(classes)),
     "BAKE": lambda classes: BAKE(),
     "BYOT": lambda classes: BYOT(),
     "CSKD": lambda classes: CSKD(),

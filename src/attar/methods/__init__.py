@@ -1,6 +1,7 @@
 """The methods: one file per published method, one import line here."""
 
 from attar.method import Method
+from attar.methods.at import AT
 from attar.methods.bake import BAKE
 from attar.methods.byot import BYOT
 from attar.methods.cs_kd import CSKD
@@ -20,6 +21,7 @@ from attar.methods.supervised import Supervised
 from attar.methods.tf_kd import TfKD
 
 __all__ = [
+    "AT",
     "BAKE",
     "BYOT",
     "CSKD",

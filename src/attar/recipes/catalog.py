@@ -5,9 +5,12 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import TYPE_CHECKING, NamedTuple
 
-from attar import methods
 from attar.errors import unknown_name
+from attar.recipes.recipe import FROM_MEMORY, IMAGENET, UNITS, Published, Recipe, methods_of, missing_methods
+
+from attar import methods
 from attar.recipes import (
+    at,
     bake,
     byot,
     cs_kd,
@@ -25,14 +28,13 @@ from attar.recipes import (
     supervised,
     tf_kd,
 )
-from attar.recipes.recipe import FROM_MEMORY, IMAGENET, UNITS, Published, Recipe, methods_of, missing_methods
 
 if TYPE_CHECKING:
     from rich.table import Table
 
 __all__ = ["RecipeLine", "available", "find", "methods_without_recipe", "recipe_lines", "recipe_table"]
 
-_MODULES = (bake, byot, cs_kd, ddgsd, dlb, frskd, kd, one, oskd, ps_kd, sad, scd, sla, spkd, supervised, tf_kd)
+_MODULES = (at, bake, byot, cs_kd, ddgsd, dlb, frskd, kd, one, oskd, ps_kd, sad, scd, sla, spkd, supervised, tf_kd)
 
 
 def available() -> dict[str, Callable[[], Recipe]]:
