@@ -12,12 +12,11 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
-from attar.method import Method
-from networks import IMAGES, LABELS, Net
 from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 
 import attar
+from attar.method import Method
 from attar.methods import (
     AT,
     BAKE,
@@ -38,6 +37,7 @@ from attar.methods import (
     Supervised,
     TfKD,
 )
+from networks import IMAGES, LABELS, Net
 
 METHODS: dict[str, Callable[[], Method]] = {
     "AT": lambda: AT(Net().double()),

@@ -6,13 +6,12 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from architectures import ARCHITECTURES, Architecture, HandWritten
-from attar.errors import AttarError
-from attar.method import Method
-from attar.testing import MethodContract
 from torch import nn
 
 import attar
+from architectures import ARCHITECTURES, Architecture, HandWritten
+from attar.errors import AttarError
+from attar.method import Method
 from attar.methods import (
     AT,
     BAKE,
@@ -33,6 +32,7 @@ from attar.methods import (
     Supervised,
     TfKD,
 )
+from attar.testing import MethodContract
 
 
 def small_teacher(classes: int) -> nn.Module:

@@ -5,10 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import TYPE_CHECKING, NamedTuple
 
-from attar.errors import unknown_name
-from attar.recipes.recipe import FROM_MEMORY, IMAGENET, UNITS, Published, Recipe, methods_of, missing_methods
-
 from attar import methods
+from attar.errors import unknown_name
 from attar.recipes import (
     at,
     bake,
@@ -28,6 +26,7 @@ from attar.recipes import (
     supervised,
     tf_kd,
 )
+from attar.recipes.recipe import FROM_MEMORY, IMAGENET, UNITS, Published, Recipe, methods_of, missing_methods
 
 if TYPE_CHECKING:
     from rich.table import Table
