@@ -31,7 +31,7 @@ from attar.functional import (
 )
 from attar.functional.label_augmentation import Transform, joint_labels, transformed
 from attar.method import Method
-from attar.methods import AT, BAKE, BYOT, CSKD, DDGSD, DML, FRSKD, KD, ONE, PSKD, SAD, SLA, SPKD, TfKD
+from attar.methods import AT, BAKE, BYOT, CSKD, DDGSD, DML, FRSKD, KD, ONE, PKT, PSKD, SAD, SLA, SPKD, TfKD
 
 DIRECTORY = Path(os.environ.get("ATTAR_GOLDEN") or Path(__file__).parent / "golden")
 Tensors = dict[str, Tensor]
@@ -722,6 +722,33 @@ def dml(hyper: dict[str, Any], t: Tensors, mode: str) -> None:
     assert_golden(logits.grad, t["grad64.logits"], "gradient of all logits")
 
 
+class _Embedding(nn.Module):
+    """Classifies stored embeddings, whatever it sees."""
+
+    def __init__(self, value: Tensor) -> None:
+        super().__init__()
+        self.stage = nn.Conv2d(1, 1, 1, dtype=torch.float64)
+        self.head = nn.Linear(value.shape[1], 2, dtype=torch.float64)
+        self.value = value
+
+    def forward(self, images: Tensor) -> Tensor:
+        self.stage(images)
+        return self.head(self.value[: len(images)])
+
+
+def pkt(hyper: dict[str, Any], t: Tensors, mode: str) -> None:
+    assert not hyper, f"no handler for variant {hyper}"
+    features = leaf(t["in.f_s"])
+    method = PKT(_Embedding(t["in.f_t"].double()), supervised=1.0)
+    images = torch.zeros(len(features), 1, 4, 4, dtype=torch.float64)
+    distiller = attar.Distiller(_Embedding(features), [method], attar.Classification(2)).build(images)
+    losses = distiller(attar.Batch(images, t["in.labels"] % 2, labels=t["in.labels"]), 0.5).losses
+    losses["PKT.divergence"].backward()
+    assert_golden(losses["PKT.divergence"], t["out64.loss"], "loss")
+    assert_golden(losses["PKT.supervised"], t["out64.supervised"], "supervised")
+    assert_golden(features.grad, t["grad64.f_s"], "gradient of the student's features")
+
+
 HANDLERS: dict[str, Callable[[dict[str, Any], Tensors, str], None]] = {
     "at": at,
     "bake": bake,
@@ -733,6 +760,7 @@ HANDLERS: dict[str, Callable[[dict[str, Any], Tensors, str], None]] = {
     "frskd": frskd,
     "kd": kd,
     "one": one,
+    "pkt": pkt,
     "sad": sad,
     "sad_thirdparty": sad_thirdparty,
     "selfkd_extras": selfkd_extras,

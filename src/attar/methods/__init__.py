@@ -12,6 +12,7 @@ from attar.methods.kd import KD
 from attar.methods.one import ONE
 from attar.methods.osakd import OSAKD
 from attar.methods.oskd import OSKD
+from attar.methods.pkt import PKT
 from attar.methods.ps_kd import PSKD
 from attar.methods.sad import SAD
 from attar.methods.scd import SCD
@@ -32,6 +33,7 @@ __all__ = [
     "ONE",
     "OSAKD",
     "OSKD",
+    "PKT",
     "PSKD",
     "SAD",
     "SCD",

@@ -18,6 +18,7 @@ from attar.recipes import (
     kd,
     one,
     oskd,
+    pkt,
     ps_kd,
     sad,
     scd,
@@ -33,7 +34,7 @@ if TYPE_CHECKING:
 
 __all__ = ["RecipeLine", "available", "find", "methods_without_recipe", "recipe_lines", "recipe_table"]
 
-_MODULES = (at, bake, byot, cs_kd, ddgsd, dlb, frskd, kd, one, oskd, ps_kd, sad, scd, sla, spkd, supervised, tf_kd)
+_MODULES = (at, bake, byot, cs_kd, ddgsd, dlb, frskd, kd, one, oskd, pkt, ps_kd, sad, scd, sla, spkd, supervised, tf_kd)
 
 
 def available() -> dict[str, Callable[[], Recipe]]:
