@@ -1,6 +1,16 @@
 """Pure tensor functions that the methods are made of: tensors in, tensors out, no state, no modules."""
 
 from attar.functional.attention import attention_map, attention_transfer, flat_map, resized_map
+from attar.functional.collaborative import (
+    CollaborativeTarget,
+    MutualTarget,
+    collaborative_target,
+    error_covariance,
+    general_target,
+    general_weights,
+    linear_weights,
+    mutual_divergences,
+)
 from attar.functional.layers import layer_pairs, linear_ramp
 from attar.functional.logits import ensemble_log_probs, full_precision, gated_logits, kl_divergence, sigmoid_ramp
 from attar.functional.mmd import linear_mmd
@@ -9,18 +19,26 @@ from attar.functional.similarity import batch_similarity, similarity_distance
 from attar.functional.world import gathered, rank_and_world
 
 __all__ = [
+    "CollaborativeTarget",
+    "MutualTarget",
     "attention_map",
     "attention_transfer",
     "batch_similarity",
+    "collaborative_target",
     "ensemble_log_probs",
+    "error_covariance",
     "flat_map",
     "full_precision",
     "gated_logits",
     "gathered",
+    "general_target",
+    "general_weights",
     "kl_divergence",
     "layer_pairs",
     "linear_mmd",
     "linear_ramp",
+    "linear_weights",
+    "mutual_divergences",
     "nearest",
     "rank_and_world",
     "resized_map",

@@ -7,8 +7,10 @@ from attar.methods.byot import BYOT
 from attar.methods.cs_kd import CSKD
 from attar.methods.ddgsd import DDGSD
 from attar.methods.dlb import DLB
+from attar.methods.dml import DML
 from attar.methods.frskd import FRSKD
 from attar.methods.kd import KD
+from attar.methods.kdcl import KDCL
 from attar.methods.one import ONE
 from attar.methods.osakd import OSAKD
 from attar.methods.oskd import OSKD
@@ -28,8 +30,10 @@ __all__ = [
     "CSKD",
     "DDGSD",
     "DLB",
+    "DML",
     "FRSKD",
     "KD",
+    "KDCL",
     "ONE",
     "OSAKD",
     "OSKD",
