@@ -29,9 +29,11 @@ from attar.functional import (
     kl_divergence,
     sigmoid_ramp,
 )
+from attar.functional.adversarial import activation_bins
 from attar.functional.label_augmentation import Transform, joint_labels, transformed
 from attar.method import Method
-from attar.methods import AT, BAKE, BYOT, CSKD, DDGSD, DML, FRSKD, KD, ONE, PKT, PSKD, SAD, SLA, SPKD, TfKD
+from attar.methods import AT, BAKE, BYOT, CSKD, DDGSD, DML, FRSKD, KD, MEAL, ONE, PKT, PSKD, SAD, SLA, SPKD, TfKD
+from attar.reader import Reading
 
 DIRECTORY = Path(os.environ.get("ATTAR_GOLDEN") or Path(__file__).parent / "golden")
 Tensors = dict[str, Tensor]
@@ -749,6 +751,70 @@ def pkt(hyper: dict[str, Any], t: Tensors, mode: str) -> None:
     assert_golden(features.grad, t["grad64.f_s"], "gradient of the student's features")
 
 
+class _Told(nn.Module):
+    """A frozen network whose only stage has a map, so that a method can be built on it."""
+
+    def __init__(self, classes: int) -> None:
+        super().__init__()
+        self.stages = nn.ModuleList(nn.Conv2d(1 if i == 0 else 2, 2, 3, 2, 1, dtype=torch.float64) for i in range(2))
+        self.head = nn.Linear(2, classes, dtype=torch.float64)
+
+    def forward(self, images: Tensor) -> Tensor:
+        for stage in self.stages:
+            images = stage(images)
+        return self.head(images.mean(dim=(2, 3)))
+
+
+def meal(hyper: dict[str, Any], t: Tensors, mode: str) -> None:
+    if hyper["variant"] == "pool":
+        features = leaf(t["in.map"])
+        tap = activation_bins(features, hyper["d"], hyper["pool"])
+        tap.square().sum().backward()
+        assert_golden(tap, t["out64.tap"], "tap")
+        assert_golden(features.grad, t["grad64.map"], "gradient of the map")
+        return
+    assert hyper["variant"] == "losses", f"no handler for variant {hyper['variant']}"
+    depths = range(len(hyper["gamma"]))
+    student, teacher = ([leaf(t[f"in.{side}{i}"]) for i in depths] for side in "st")
+    classes = student[-1].shape[1]
+    method = MEAL(
+        _Told(classes), last_stages=len(depths) - 1, out_dims=tuple(s.shape[1] for s in student[:-1]),
+        gamma=hyper["gamma"], eta=hyper["eta"], similarity=hyper["loss"], final_relu=True,
+        adversarial="reverse" if hyper["gradient_reversal"] else "joint",
+    )  # fmt: skip
+    images = torch.zeros(len(student[0]), 1, 16, 16, dtype=torch.float64)
+    task = attar.Classification(classes)
+    distiller = attar.Distiller(_Told(classes), [method], task, stages=["stages.0", "stages.1"][3 - len(depths) :])
+    distiller.build(images)
+    parameters: dict[str, Tensor] = {}
+    with torch.no_grad():
+        for i in depths:
+            for layer in (1, 2, 3):
+                linear = getattr(method.discriminators[i], f"linear{layer}")
+                for kind in ("weight", "bias"):
+                    name = f"disc.{i}.conv{layer}.{kind}"
+                    parameters[name] = getattr(linear, kind)
+                    parameters[name].copy_(t[f"w.{name}"].reshape(parameters[name].shape))
+    # The stored vectors as maps of one row, which as many bins leave as they are.
+    rows = [[vector[:, None, None, :] for vector in side[:-1]] for side in (student, teacher)]
+    method._readers = (lambda images: Reading(rows[1], None, teacher[-1]),)
+    outputs = distiller._pass(images)
+    values = dict(zip(method.taps(distiller.anatomy), rows[0], strict=True))
+    outputs = dataclasses.replace(outputs, logits=student[-1], values=values)
+    losses = method.losses(outputs, attar.Batch(images, torch.zeros(len(images))), torch.tensor(0.5))
+    loss = losses["similarity"] + losses["discriminator"]
+    loss.backward()
+    assert_golden(losses["similarity"], t["out64.similarity"], "similarity")
+    assert_golden(losses["discriminator"], t["out64.d_loss"], "loss of the discriminators")
+    assert_golden(loss, t["out64.loss"], "loss")
+    for i in depths:
+        told = method.discriminators[i](torch.cat([student[i], teacher[i]]))
+        assert_golden(told, t[f"out64.disc{i}"], f"discriminator {i}")
+        assert_golden(student[i].grad, t[f"grad64.s{i}"], f"gradient of s{i}")
+    for name, parameter in parameters.items():
+        assert_golden(parameter.grad, t[f"gw64.{name}"], f"gradient of {name}")
+
+
 HANDLERS: dict[str, Callable[[dict[str, Any], Tensors, str], None]] = {
     "at": at,
     "bake": bake,
@@ -759,6 +825,7 @@ HANDLERS: dict[str, Callable[[dict[str, Any], Tensors, str], None]] = {
     "dml": dml,
     "frskd": frskd,
     "kd": kd,
+    "meal": meal,
     "one": one,
     "pkt": pkt,
     "sad": sad,

@@ -23,6 +23,7 @@ from attar.methods import (
     FRSKD,
     KD,
     KDCL,
+    MEAL,
     ONE,
     OSAKD,
     OSKD,
@@ -32,6 +33,7 @@ from attar.methods import (
     SCD,
     SLA,
     SPKD,
+    Moonshine,
     Supervised,
     TfKD,
 )
@@ -61,6 +63,8 @@ METHODS: dict[str, Callable[[int], Method]] = {
     "FRSKD": lambda classes: FRSKD(),
     "KD": lambda classes: KD(small_teacher(classes)),
     "KDCL": lambda classes: KDCL(),
+    "MEAL": lambda classes: MEAL(small_teacher(classes)),
+    "Moonshine": lambda classes: Moonshine(small_teacher(classes)),
     "ONE": lambda classes: ONE(branches=2),
     "OSAKD": lambda classes: OSAKD(k=2),
     "OSKD": lambda classes: OSKD(),
@@ -78,6 +82,8 @@ METHODS: dict[str, Callable[[int], Method]] = {
 # Where a method does not apply, and why it says so; everywhere else it must work.
 _NO_MAP = "behind a layer norm over channels every position has the same energy"
 REFUSED: dict[tuple[str, str], str] = {
+    ("Moonshine", "pvt_v2_b0"): "no attention map in '.*' of the student",
+    ("Moonshine", "torchvision:convnext_tiny"): "no attention map in '.*' of the student",
     ("SAD", "pvt_v2_b0"): _NO_MAP,
     ("SAD", "torchvision:convnext_tiny"): _NO_MAP,
     ("SCD", "pvt_v2_b0"): _NO_MAP,

@@ -11,6 +11,8 @@ from attar.methods.dml import DML
 from attar.methods.frskd import FRSKD
 from attar.methods.kd import KD
 from attar.methods.kdcl import KDCL
+from attar.methods.meal import MEAL
+from attar.methods.moonshine import Moonshine
 from attar.methods.one import ONE
 from attar.methods.osakd import OSAKD
 from attar.methods.oskd import OSKD
@@ -34,6 +36,8 @@ __all__ = [
     "FRSKD",
     "KD",
     "KDCL",
+    "MEAL",
+    "Moonshine",
     "ONE",
     "OSAKD",
     "OSKD",

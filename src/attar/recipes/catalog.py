@@ -16,6 +16,8 @@ from attar.recipes import (
     dlb,
     frskd,
     kd,
+    meal,
+    moonshine,
     one,
     oskd,
     pkt,
@@ -34,7 +36,28 @@ if TYPE_CHECKING:
 
 __all__ = ["RecipeLine", "available", "find", "methods_without_recipe", "recipe_lines", "recipe_table"]
 
-_MODULES = (at, bake, byot, cs_kd, ddgsd, dlb, frskd, kd, one, oskd, pkt, ps_kd, sad, scd, sla, spkd, supervised, tf_kd)
+_MODULES = (
+    at,
+    bake,
+    byot,
+    cs_kd,
+    ddgsd,
+    dlb,
+    frskd,
+    kd,
+    meal,
+    moonshine,
+    one,
+    oskd,
+    pkt,
+    ps_kd,
+    sad,
+    scd,
+    sla,
+    spkd,
+    supervised,
+    tf_kd,
+)
 
 
 def available() -> dict[str, Callable[[], Recipe]]:
