@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from attar.anatomy import Anatomy, Recorder, Tap, overwritten, survey
+from attar.anatomy import Anatomy, Kept, Recorder, Tap, overwritten, slice_, survey
 from attar.errors import AttarError, unknown_name
 from attar.method import Batch, Method, Outputs, Phase, Probe, Terms
 from attar.sampling import ClassPairs, Sampling
@@ -20,6 +20,8 @@ __all__ = ["Distiller"]
 
 # Enough for batch statistics in the probe passes, few enough to cost nothing.
 _PROBE_IMAGES = 2
+# What a channel's removal may change of the logits, relative to the largest: rounding in another order of summation.
+_SAME_LOGITS = 1e-3
 
 
 class Distiller(nn.Module):
@@ -80,6 +82,8 @@ class Distiller(nn.Module):
         self._example: Tensor | None = None
         self._made_out_of_place: tuple[str, ...] = ()
         self._phase: tuple[Method, Phase] | None = None
+        self._num_samples: int | None = None
+        self._kept: Kept | None = None
 
     def build(self, example_images: Tensor, num_samples: int | None = None) -> Distiller:
         """Probe the student once on example images [N, C, H, W] and make every auxiliary; return the distiller.
@@ -99,11 +103,16 @@ class Distiller(nn.Module):
             raise AttarError("The distiller is built already: make a new one for another student.")
         if example_images.ndim != 4:
             raise AttarError(f"Example images must be [N, C, H, W], not {list(example_images.shape)}.")
-        images = example_images[:_PROBE_IMAGES].detach()
-        anatomy, output = survey(self.student, images, self._stages, self.task.num_classes)
+        self._num_samples = num_samples
+        self._build(example_images[:_PROBE_IMAGES].detach(), self._stages)
+        refuse_other_phases(self._methods())
+        return self
+
+    def _build(self, images: Tensor, stages: Sequence[str] | None) -> None:
+        anatomy, output = survey(self.student, images, stages, self.task.num_classes)
         self.task.check_logits(output)
         self._check_training_output(images)
-        probe = Probe(self.student, anatomy, self.task, images, self.normalization, num_samples)
+        probe = Probe(self.student, anatomy, self.task, images, self.normalization, self._num_samples, self._kept)
         taps: list[Tap] = []
         for method in self._methods():
             method.build(probe)
@@ -118,7 +127,6 @@ class Distiller(nn.Module):
         self._recorder = Recorder(self.student, taps, cloned)
         self._anatomy = anatomy
         self._example = images
-        return self
 
     def _check_training_output(self, images: Tensor) -> None:
         """Refuse now what would be refused at the first step: some networks return auxiliary outputs in training."""
@@ -217,8 +225,9 @@ class Distiller(nn.Module):
             values = self._recorder.run_until(batch.images, phase.until)
             none = batch.images.new_empty(0, self.task.num_classes)
             outputs = Outputs(batch.images, none, values, self.anatomy, self.task.loss, self._pass)
-        losses = {f"{method.name}.{term}": loss for term, loss in method.phase_losses(phase, outputs, batch).items()}
-        return Terms(outputs.logits, losses, dict.fromkeys(losses, 1.0))
+        found, declared = method.phase_losses(phase, outputs, batch), method.phase_weights(phase)
+        losses = {f"{method.name}.{term}": loss for term, loss in found.items()}
+        return Terms(outputs.logits, losses, {f"{method.name}.{term}": declared.get(term, 1.0) for term in found})
 
     @property
     def phases(self) -> list[tuple[Method, Phase]]:
@@ -258,6 +267,67 @@ class Distiller(nn.Module):
                 "training: train for more epochs or shorten the phases."
             )
         return next((number for number, end in enumerate(ends) if epoch < end), None)
+
+    @property
+    def kept(self) -> Kept | None:
+        """The channels that the student has left, by module; None: all of them."""
+        return self._kept
+
+    @property
+    def may_reshape(self) -> bool:
+        """Whether `reshape` may still change the student's widths, now that the main training goes on."""
+        return self._kept is None and self._phase is None and any(map(_reshapes, self._methods()))
+
+    def reshape(self, kept: Kept | None = None) -> bool:
+        """Let a method take channels away from the student; call it after `epoch_start` and before the epoch's steps.
+
+        It happens at most once, when the main training begins (see `Method.reshape`). The student shrinks in place and
+        keeps its class and keys. That its logits stay is proved; then it is probed anew, at the same stages, and every
+        method builds anew.
+
+        Args:
+            kept: take away everything but these channels without asking the methods, before a state is loaded.
+
+        Returns:
+            Whether the student has changed: make a new optimiser, since its parameters are new ones.
+
+        Raises:
+            AttarError: the channels are not the student's, or removing them changes the logits.
+        """
+        if self._recorder is None or self._example is None:
+            raise AttarError("Call build(example_images) on the distiller before reshape().")
+        decided = kept is None
+        if decided:
+            if not self.may_reshape:
+                return False
+            kept = next((found for method in self._methods() if (found := method.reshape(self.student))), None)
+        if not kept:
+            return False
+        example = self._example.to(next(self.student.parameters()).device)
+        before = self._answer(example) if decided else None
+        slice_(self.student, kept)
+        if before is not None:
+            allowed = _SAME_LOGITS * before.abs().max()
+            if not bool((self._answer(example) - before).abs().max() <= allowed):
+                raise AttarError(
+                    "The student without the channels that were switched off does not give the same logits: "
+                    "choose another network for this method."
+                )
+        self._kept = kept
+        self._recorder.remove()
+        for path in self._made_out_of_place:
+            self.student.get_submodule(path).inplace = True  # type: ignore[assignment]
+        self._build(example, [stage.name for stage in self.anatomy.stages])
+        return True
+
+    def _answer(self, images: Tensor) -> Tensor:
+        modes = {module: module.training for module in self.student.modules()}
+        self.student.eval()
+        with torch.no_grad():
+            logits: Tensor = self.student(images)
+        for module, mode in modes.items():
+            module.training = mode
+        return logits
 
     def deployables(self) -> dict[str, nn.Module]:
         """Networks besides the plain student that this training yields, by name ("ONE.ensemble")."""
@@ -323,6 +393,19 @@ class Distiller(nn.Module):
         if self._recorder is not None:
             raise AttarError("A built distiller is not pickled or copied whole: save its state_dict() instead.")
         return self.__dict__
+
+
+def _reshapes(method: Method) -> bool:
+    return type(method).reshape is not Method.reshape
+
+
+def refuse_other_phases(methods: Sequence[Method]) -> None:
+    """Raise where auxiliaries that one method's phases have trained would be made anew by another's `reshape`."""
+    for method in filter(_reshapes, methods):
+        for other in methods:
+            if other is not method and (other.phases or _reshapes(other)):
+                what = "also changes its widths" if _reshapes(other) else "trains in phases before that"
+                raise AttarError(f"{method.name} changes the student's widths and {other.name} {what}: leave one out.")
 
 
 def refuse_impossible(methods: Sequence[Method]) -> None:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import torch
 from torch import Tensor, nn
 
-from attar.anatomy import Anatomy, Tap
+from attar.anatomy import Anatomy, Kept, Tap
 from attar.sampling import Sampling
 from attar.tasks import Classification
 from attar.teacher import Normalization, Teacher
@@ -128,6 +128,7 @@ class Probe:
         images: a small example batch [N, C, H, W] on the student's device.
         normalization: the mean and std with which images are normalised, when known.
         num_samples: one more than the largest number in `Batch.index`, when known: how large a memory per sample is.
+        kept: the channels that the student has left after `Method.reshape`; None: it has its original widths.
     """
 
     student: nn.Module
@@ -136,6 +137,7 @@ class Probe:
     images: Tensor
     normalization: Normalization | None = None
     num_samples: int | None = None
+    kept: Kept | None = None
 
 
 @dataclass(frozen=True)
@@ -189,7 +191,7 @@ class Method(nn.Module):
         return ()
 
     def build(self, probe: Probe) -> None:
-        """Make the auxiliaries from the student's shapes; called once, before the first step."""
+        """Make the auxiliaries from the student's shapes; called before the first step, and again after a `reshape`."""
 
     def taps(self, anatomy: Anatomy) -> Sequence[Tap]:
         """Return the taps that `losses` reads; called after `build`. Default: every stage and the embedding."""
@@ -202,11 +204,24 @@ class Method(nn.Module):
         return ()
 
     def phase_losses(self, phase: Phase, outputs: Outputs, batch: Batch) -> dict[str, Tensor]:
-        """Return the named losses of one step of a phase; their sum is all that is learnt from.
+        """Return the named losses of one step of a phase; their weighted sum is all that is learnt from.
 
         `outputs` holds the taps that the student's pass has reached; its logits are [0, K] where it has not.
         """
         raise TypeError(f"{type(self).__name__} has phases, so it must define phase_losses(phase, outputs, batch).")
+
+    def phase_weights(self, phase: Phase) -> Mapping[str, Weight]:
+        """Return what multiplies each loss of a phase; unnamed losses have weight 1."""
+        return {}
+
+    def reshape(self, student: nn.Module) -> Kept | None:
+        """Decide which channels the student keeps, as the main training begins; default: all of them (None).
+
+        Only one method of a distiller may, and no other may have phases. The method switches off what goes (it may
+        change values, no shapes); the distiller then takes it away, proves that the logits stay, and lets every method
+        build anew.
+        """
+        return None
 
     def prepare(self, batch: Batch) -> Batch:
         """Change the batch before the student sees it (mixing, soft targets); default: leave it."""

@@ -44,7 +44,14 @@ def finish(run: Run, home: RunFolder) -> dict[str, Any]:
         run.distiller.student.load_state_dict(best["ema"])
     stripped, refusal = _strip(run)
     student = Student(
-        stripped, spec.model, dict(spec.model_options), source.classes, source.mean, source.std, source.image_size
+        stripped,
+        spec.model,
+        dict(spec.model_options),
+        source.classes,
+        source.mean,
+        source.std,
+        source.image_size,
+        run.distiller.kept,
     )
     # Large images are evaluated on the central part of a slightly larger resize.
     crop = 1.0 if source.test.pixels is not None else 0.875

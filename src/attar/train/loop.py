@@ -96,7 +96,7 @@ def _train(run: Run, home: RunFolder, tracker: Tracker, stop_after: int | None) 
         for epoch in range(run.step // run.steps_per_epoch, spec.epochs):
             first = run.step % run.steps_per_epoch
             if first == 0:
-                run.distiller.epoch_start(epoch, spec.epochs)
+                run.begin_epoch(epoch)
             run.distiller.train()
             clock.start()
             batches = cast(Generator[Sample, None, None], run.loader.epoch(epoch, first))
@@ -172,6 +172,7 @@ def _log(run: Run, tracker: Tracker, clock: _Clock, epoch: int, progress: float)
     line = {
         "step": run.step,
         "epoch": epoch,
+        **_phase(run),
         "progress": progress,
         "lr": run.optimizer.param_groups[0]["lr"],
         "images_per_second": clock.rate(),
@@ -199,6 +200,7 @@ def _end_epoch(run: Run, home: RunFolder, tracker: Tracker, clock: _Clock, epoch
         "step": run.step,
         "epoch": epoch,
         "epochs": run.spec.epochs,
+        **_phase(run),
         "lr": run.optimizer.param_groups[0]["lr"],
         "images_per_second": run.step * run.batch / max(run.seconds, 1e-9),
         "losses": run.means,
@@ -211,6 +213,11 @@ def _end_epoch(run: Run, home: RunFolder, tracker: Tracker, clock: _Clock, epoch
     if run.best.get("step") == run.step:
         run.ranks.on_first(lambda: home.checkpoints.save_best(run.learnt()))
     run.save(home, tracker)
+
+
+def _phase(run: Run) -> dict[str, str]:
+    """What the history calls the phase that the last step belonged to; nothing in the main training."""
+    return {"phase": run.distiller.phase.name} if run.distiller.phase is not None else {}
 
 
 def _interrupted(run: Run, home: RunFolder) -> Interrupted:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -10,6 +11,7 @@ from timm.scheduler.scheduler import Scheduler
 from timm.utils import ModelEmaV3
 from torch import nn
 
+from attar.anatomy import Kept
 from attar.data import Loader, Normalization, Sample, Source, augmentation, make_sampler
 from attar.distiller import Distiller
 from attar.errors import AttarError
@@ -108,11 +110,7 @@ class Run:
         total_steps = spec.epochs * loader.steps_per_epoch
         repays = ranks.device.type == "cuda" and total_steps >= _COMPILE_REPAYS
         compiled = spec.compile == "on" or (spec.compile == "auto" and repays)
-        # The compiler must not bring channels-last back where it was found unsafe.
-        options = None if memory == torch.channels_last else {"layout_optimization": False}
-        # Compile inside, DDP outside.
-        compiled_or_not = torch.compile(distiller, options=options) if compiled else distiller  # type: ignore[arg-type]
-        step_module = ranks.wrap(compiled_or_not, phased=bool(distiller.phases))  # type: ignore[arg-type]
+        step_module = _step_module(distiller, ranks, memory, compiled)
         return cls(
             spec,
             ranks,
@@ -140,6 +138,38 @@ class Run:
         """Steps of the whole run."""
         return self.spec.epochs * self.steps_per_epoch
 
+    def begin_epoch(self, epoch: int) -> None:
+        """Tell the methods that an epoch begins (0-based); one of them may change the student's widths."""
+        self.distiller.epoch_start(epoch, self.spec.epochs)
+        if self.distiller.may_reshape:
+            # All processes decide on the same batch statistics.
+            self.ranks.share(self.distiller.buffers())
+            self._reshape()
+
+    def _reshape(self, kept: Kept | None = None) -> None:
+        """Where the student's widths change, train on with what belongs to its new parameters.
+
+        The schedule goes on from where it is; momentum and the moving average begin anew, and so does the search for
+        the best epoch, since a student of the original widths is not what is asked for.
+        """
+        # New auxiliaries are the same in all processes and in a run that goes on.
+        torch.manual_seed(self.spec.seed)
+        if not self.distiller.reshape(kept):
+            return
+        device, distiller = self.ranks.device, self.distiller
+        self.memory = memory_format(distiller, device, self.spec.channels_last)
+        distiller.to(device=device, memory_format=self.memory)  # type: ignore[call-overload]
+        if self.ranks.world > 1:
+            # What waits for the old parameters' gradients must be gone before the new ones are watched.
+            self.step_module = distiller
+            gc.collect()
+        self.step_module = _step_module(distiller, self.ranks, self.memory, self.compiled)
+        self.optimizer = make_optimizer(self.spec, distiller)
+        self.schedule = make_schedule(self.spec, self.optimizer, self.total_steps)
+        if self.spec.ema is not None:
+            self.ema = ModelEmaV3(distiller.student, self.spec.ema, use_warmup=True)
+        self.best = {}
+
     def batch_of(self, sample: Sample) -> Batch:
         """Return loaded images as the distiller takes them."""
         return batch_of(self.distiller, sample, self.memory)
@@ -158,10 +188,11 @@ class Run:
     def learnt(self) -> dict[str, Any]:
         """Return what the networks have learnt so far."""
         ema = self.ema.module.state_dict() if self.ema is not None else None
-        return {"step": self.step, "distiller": self.distiller.state_dict(), "ema": ema}
+        kept = self.distiller.kept
+        return {"step": self.step, "kept": kept, "distiller": self.distiller.state_dict(), "ema": ema}
 
     def take(self, learnt: dict[str, Any]) -> None:
-        """Put back what `learnt` returned."""
+        """Put back what `learnt` returned of a student of the same widths."""
         self.distiller.load_state_dict(learnt["distiller"])
         if self.ema is not None:
             self.ema.module.load_state_dict(learnt["ema"])
@@ -212,6 +243,8 @@ class Run:
                 "choose another run folder, or overwrite it."
             )
         self.step = self.saved_step = state["step"]
+        if state.get("kept"):
+            self._reshape(state["kept"])
         if self.step % self.steps_per_epoch:
             # First what methods do at an epoch's start, then what they have learnt since.
             self.distiller.epoch_start(self.step // self.steps_per_epoch, self.spec.epochs)
@@ -221,6 +254,14 @@ class Run:
         self.seconds, self.best = state["seconds"], state["best"]
         self.means, self.weights = state["means"], state["weights"]
         return int(state["history"])
+
+
+def _step_module(distiller: Distiller, ranks: Ranks, memory: torch.memory_format, compiled: bool) -> nn.Module:
+    # The compiler must not bring channels-last back where it was found unsafe.
+    options = None if memory == torch.channels_last else {"layout_optimization": False}
+    # Compile inside, DDP outside.
+    compiled_or_not = torch.compile(distiller, options=options) if compiled else distiller  # type: ignore[arg-type]
+    return ranks.wrap(compiled_or_not, phased=bool(distiller.phases))  # type: ignore[arg-type]
 
 
 def batch_of(distiller: Distiller, sample: Sample, memory: torch.memory_format) -> Batch:

@@ -12,6 +12,7 @@ import safetensors.torch
 from torch import nn
 
 from attar import __version__
+from attar.anatomy import Kept, slice_
 from attar.errors import AttarError
 from attar.train.files import read_json, storage_errors, write_atomically
 from attar.train.models import load_weights, make_model
@@ -31,6 +32,7 @@ class Student:
         mean: per-channel mean of images in 0..1.
         std: per-channel standard deviation.
         image_size: (height, width) of the images it was trained on.
+        kept: the channels that training has left it, by module; None: the widths it was made with.
     """
 
     network: nn.Module
@@ -40,13 +42,15 @@ class Student:
     mean: tuple[float, ...]
     std: tuple[float, ...]
     image_size: tuple[int, int]
+    kept: Kept | None = None
 
 
 def save_student(folder: Path, student: Student, *, crop: float = 1.0) -> None:
     """Write `model.safetensors` and `config.json`; the folder appears only when both are whole.
 
     `timm.create_model("local-dir:FOLDER", pretrained=True)` loads a timm model. torchvision has no such format: its
-    models are loaded by `load_student`, or from the safetensors file, whose keys are the model's own.
+    models are loaded by `load_student`, or from the safetensors file, whose keys are the model's own. A student that
+    has lost channels is loaded by `load_student` alone.
 
     Args:
         folder: replaced when it exists.
@@ -78,6 +82,7 @@ def _write_config(path: Path, student: Student, crop: float) -> None:
         "mean": list(student.mean),
         "std": list(student.std),
         "image_size": list(student.image_size),
+        **({"kept": student.kept} if student.kept else {}),
     }
     if not hasattr(student.network, "pretrained_cfg"):
         write_atomically(path, (json.dumps({"attar": own}, indent=2) + "\n").encode())
@@ -108,6 +113,9 @@ def load_student(folder: str | Path) -> Student:
     if own is None:
         raise AttarError(f"'{folder / 'config.json'}' was not written by attar: give a finished run's folder.")
     network = make_model(own["model"], len(own["classes"]), own["options"])
+    kept = own.get("kept")
+    if kept:
+        slice_(network, kept)
     load_weights(network, folder / "model.safetensors")
     height, width = own["image_size"]
     return Student(
@@ -118,4 +126,5 @@ def load_student(folder: str | Path) -> Student:
         tuple(own["mean"]),
         tuple(own["std"]),
         (height, width),
+        kept,
     )
