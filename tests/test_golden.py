@@ -31,8 +31,27 @@ from attar.functional import (
 )
 from attar.functional.adversarial import activation_bins
 from attar.functional.label_augmentation import Transform, joint_labels, transformed
+from attar.functional.peers import peer_attention
 from attar.method import Method
-from attar.methods import AT, BAKE, BYOT, CSKD, DDGSD, DML, FRSKD, KD, MEAL, ONE, PKT, PSKD, SAD, SLA, SPKD, TfKD
+from attar.methods import (
+    AT,
+    BAKE,
+    BYOT,
+    CSKD,
+    DDGSD,
+    DML,
+    FRSKD,
+    KD,
+    MEAL,
+    ONE,
+    PKT,
+    PSKD,
+    SAD,
+    SLA,
+    SPKD,
+    OKDDip,
+    TfKD,
+)
 from attar.reader import Reading
 
 DIRECTORY = Path(os.environ.get("ATTAR_GOLDEN") or Path(__file__).parent / "golden")
@@ -815,6 +834,79 @@ def meal(hyper: dict[str, Any], t: Tensors, mode: str) -> None:
         assert_golden(parameter.grad, t[f"gw64.{name}"], f"gradient of {name}")
 
 
+def okddip(hyper: dict[str, Any], t: Tensors, mode: str) -> None:
+    """The code's leader is its last network; here it is the student and stands first."""
+    whole = hyper["variant"] == "separate networks"
+    assert whole or hyper["variant"] == "shared trunk", f"no handler for variant {hyper['variant']}"
+    h = leaf(t["in.h"])
+    labels, count, dim = t["in.labels"], hyper["K"], hyper["D"]
+    classes = t["out64.leader"].shape[1]
+    options = {"networks": True} if whole else {"cut": "trunk"}
+    method = OKDDip(
+        branches=count,
+        temperature=hyper["T"],
+        reduction=hyper["factor"],
+        kl_weight=hyper["w"] * hyper["alpha"],
+        ramp=0.0,
+        **options,
+    )
+    images = torch.zeros(len(labels), 1, 4, 4, dtype=torch.float64) if whole else torch.cat(list(h), dim=1)
+    student = _Given(dim, classes) if whole else _Packed(0, dim, classes)
+    stage = "stage" if whole else "trunk"
+    distiller = attar.Distiller(student, [method], attar.Classification(classes), stages=[stage])
+    distiller.build(images.detach()).train(mode == "train")
+    official = {key.removeprefix("w.net."): value for key, value in t.items() if key.startswith("w.net.")}
+    own: dict[str, nn.Parameter] = {"query_weight.weight": method.query.weight, "key_weight.weight": method.key.weight}
+    if whole:
+        z = leaf(t["in.z"])
+        for number, network in enumerate([*method.peers.networks, student]):
+            network.embedding, network.logits = h[number], z[number]
+    else:
+        for number, branch in enumerate([*(peer.tail.branch for peer in method.peers), student.branch]):
+            branch.number = number
+            own |= {f"classifier3_{number}.{name}": value for name, value in branch.classifier.named_parameters()}
+    assert own.keys() == official.keys()
+    with torch.no_grad():
+        for name, value in official.items():
+            own[name].copy_(value)
+
+    asked: list[Tensor] = []
+    targets = method.targets
+    method.targets = lambda embeddings, logits: asked.extend((embeddings, logits)) or targets(embeddings, logits)
+    terms = distiller((images, labels), 0.5)
+    terms.total().backward()
+    embeddings, logits = asked
+    attention = peer_attention(method.query(embeddings), method.key(embeddings))
+    mixed = t["out64.targets"].transpose(1, 2)
+    assert_golden(attention, t["out64.attention"], "attention")
+    assert_golden(logits, t["out64.logits"].transpose(1, 2), "logits of the peers")
+    assert_golden(targets(embeddings, logits), (mixed / hyper["T"]).log_softmax(2), "targets")
+    assert_golden(terms.logits, t["out64.leader"], "logits of the leader")
+    assert_golden(terms.losses["OKDDip.ce_peers"], t["out64.loss_true"], "cross-entropy of the peers")
+    assert_golden(terms.losses["OKDDip.kl_peers"], t["out64.loss_group"], "divergence of the peers")
+    assert_golden(terms.total(), t["out64.loss"], "loss")
+    assert_golden(h.grad, t["grad64.h"], "gradient of the embeddings")
+    if whole:
+        assert_golden(z.grad, t["grad64.z"], "gradient of the logits")
+    for name, value in own.items():
+        assert_golden(value.grad, t[f"gw64.net.{name}"], f"gradient of {name}")
+
+
+class _Given(nn.Module):
+    """Returns stored logits, and lets a classifier read a stored embedding, whatever it sees."""
+
+    def __init__(self, dim: int, classes: int) -> None:
+        super().__init__()
+        self.stage = nn.Conv2d(1, 1, 1, dtype=torch.float64)
+        self.classifier = nn.Linear(dim, classes, dtype=torch.float64)
+        self.embedding = torch.zeros(2, dim, dtype=torch.float64)
+        self.logits = torch.zeros(2, classes, dtype=torch.float64)
+
+    def forward(self, images: Tensor) -> Tensor:
+        self.stage(images)
+        return self.logits[: len(images)] + 0.0 * self.classifier(self.embedding[: len(images)])
+
+
 HANDLERS: dict[str, Callable[[dict[str, Any], Tensors, str], None]] = {
     "at": at,
     "bake": bake,
@@ -826,6 +918,7 @@ HANDLERS: dict[str, Callable[[dict[str, Any], Tensors, str], None]] = {
     "frskd": frskd,
     "kd": kd,
     "meal": meal,
+    "okddip": okddip,
     "one": one,
     "pkt": pkt,
     "sad": sad,

@@ -13,9 +13,11 @@ from attar.methods.kd import KD
 from attar.methods.kdcl import KDCL
 from attar.methods.meal import MEAL
 from attar.methods.moonshine import Moonshine
+from attar.methods.okddip import OKDDip
 from attar.methods.one import ONE
 from attar.methods.osakd import OSAKD
 from attar.methods.oskd import OSKD
+from attar.methods.pcl import PCL
 from attar.methods.pkt import PKT
 from attar.methods.ps_kd import PSKD
 from attar.methods.sad import SAD
@@ -37,16 +39,18 @@ __all__ = [
     "KD",
     "KDCL",
     "MEAL",
-    "Moonshine",
     "ONE",
     "OSAKD",
     "OSKD",
+    "PCL",
     "PKT",
     "PSKD",
     "SAD",
     "SCD",
     "SLA",
     "SPKD",
+    "Moonshine",
+    "OKDDip",
     "Supervised",
     "TfKD",
     "available",
