@@ -49,6 +49,7 @@ from attar.methods import (
     SAD,
     SLA,
     SPKD,
+    FitNet,
     OKDDip,
     TfKD,
 )
@@ -225,7 +226,8 @@ def _taught(
     method = make(attar.Teacher(_Features(*theirs), image_size=teacher_size))
     names = [f"stages.{number}" for number in range(len(ours))]
     distiller = attar.Distiller(_Features(*ours), [method], attar.Classification(2), stages=names)
-    images = torch.zeros(len(ours[0]), 1, *ours[0].shape[2:], dtype=torch.float64)
+    size = [max(value.shape[axis] for value in (*ours, *theirs)) for axis in (2, 3)]
+    images = torch.zeros(len(ours[0]), 1, *size, dtype=torch.float64)
     return distiller.build(images), images
 
 
@@ -907,6 +909,26 @@ class _Given(nn.Module):
         return self.logits[: len(images)] + 0.0 * self.classifier(self.embedding[: len(images)])
 
 
+def fitnet_hint(hyper: dict[str, Any], t: Tensors, mode: str) -> None:
+    assert not hyper, f"no handler for variant {hyper}"
+    student = leaf(t["in.f_s"])
+    distiller, images = _taught(lambda given: FitNet(given, **_ONLY), [student], [t["in.f_t"].double()])
+    (regressor,) = distiller.methods["FitNet"].regressors[0]
+    weights = {key.removeprefix("w.reg."): value.double() for key, value in t.items() if key.startswith("w.reg.")}
+    regressor.load_state_dict(weights, strict=False)
+    distiller.train(mode == "train")
+    regressed: list[Tensor] = []
+    handle = regressor.register_forward_hook(lambda module, args, output: regressed.append(output))
+    loss = distiller((images, torch.zeros(len(images), dtype=torch.long)), 0.5).losses["FitNet.hint"]
+    loss.backward()
+    handle.remove()
+    assert_golden(regressed[0], t["out64.regressed"], "regressed map")
+    assert_golden(loss, t["out64.loss"], "loss")
+    assert_golden(student.grad, t["grad64.f_s"], "gradient of the student's features")
+    for name, parameter in regressor.named_parameters():
+        assert_golden(parameter.grad, t[f"gw64.reg.{name}"], f"gradient of {name}")
+
+
 HANDLERS: dict[str, Callable[[dict[str, Any], Tensors, str], None]] = {
     "at": at,
     "bake": bake,
@@ -915,6 +937,7 @@ HANDLERS: dict[str, Callable[[dict[str, Any], Tensors, str], None]] = {
     "cs_kd": cs_kd,
     "ddgsd": ddgsd,
     "dml": dml,
+    "fitnet_hint": fitnet_hint,
     "frskd": frskd,
     "kd": kd,
     "meal": meal,

@@ -8,6 +8,7 @@ from attar.methods.cs_kd import CSKD
 from attar.methods.ddgsd import DDGSD
 from attar.methods.dlb import DLB
 from attar.methods.dml import DML
+from attar.methods.fitnet import FitNet
 from attar.methods.frskd import FRSKD
 from attar.methods.kd import KD
 from attar.methods.kdcl import KDCL
@@ -49,6 +50,7 @@ __all__ = [
     "SCD",
     "SLA",
     "SPKD",
+    "FitNet",
     "Moonshine",
     "OKDDip",
     "Supervised",
