@@ -13,6 +13,8 @@ from PIL import Image
 
 import attar
 from attar.cli import COMMANDS, main
+from attar.cli.words import read_run
+from attar.options import Parser
 
 GOOGLENET = ["--model", "torchvision:googlenet", "--model-options", "init_weights=false"]
 CHECK = ["--model", "cifar_resnet20", "--model-options", "width=0.5", "--data", "digits"]
@@ -95,6 +97,17 @@ def test_help_of_a_method_has_its_options_and_their_meaning(capsys: pytest.Captu
     assert "--ONE.branches N B, the student's own included. (default: 3)" in out
     assert "--Supervised.label-smoothing X e in [0, 1). (default: 0.0)" in out
     assert "--ONE.tail" not in out
+
+
+def test_peers_are_given_by_number_or_by_name(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        main(["train", "DML", "--help"])
+    out = " ".join(capsys.readouterr().out.split())
+    assert "--DML.peers TEXT [TEXT ...] how many further networks of the student's kind" in out
+    for given, kept in ((["2"], 2), (["cifar_resnet20"], ["cifar_resnet20"]), (["a", "b"], ["a", "b"])):
+        words = ["DML", *CHECK, "--DML.peers", *given, "--DML.temperature", "2"]
+        spec, _ = read_run(Parser("attar train", ""), words, None)
+        assert spec.methods[0].options == {"peers": kept, "temperature": 2.0}
 
 
 def test_unknown_names_are_refused_with_the_nearest(capsys: pytest.CaptureFixture[str]) -> None:
@@ -205,6 +218,8 @@ def test_check_passes_on_a_real_batch(capsys: pytest.CaptureFixture[str]) -> Non
         (["ONE", *CHECK, "--ONE.cut", "layer22"], "There is no stage or module 'layer22': did you mean 'layer2"),
         (["ONE", *CHECK, "--ONE.branches", "0"], "ONE needs at least one branch"),
         (["ONE+ONE", *CHECK], "ONE is given 2 times"),
+        (["DML", *CHECK, "--DML.peers", "cifar_resnet20", "resnet81"], "There is no model 'resnet81': did you mean"),
+        (["DML", *CHECK, "--DML.peer", "2"], "There is no option '--DML.peer': did you mean '--DML.peers'?"),
         (["ONE", *CHECK, "--model-options", "num_classes=7"], "The student returns [2, 7] instead of [N, 10]"),
         (["plain", *CHECK, "--model-options", "num_classes=7"], "The student returns [2, 7] instead of [N, 10]"),
         (["plain", *GOOGLENET, "--data", "digits", "--image-size", "32"], "The student returns a GoogLeNetOutputs"),

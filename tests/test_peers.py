@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Sequence
+from pathlib import Path
 
 import pytest
 import torch
@@ -17,7 +18,10 @@ from attar.functional import full_precision
 from attar.method import Batch, Method, Outputs, Probe
 from attar.peers import Peers, one_view_each
 from attar.testing import MethodContract
+from attar.train import fit
+from attar.train.models import make_model
 from networks import IMAGES, LABELS, Net
+from runs import quiet, tiny
 
 
 class Mimic(Method):
@@ -205,6 +209,17 @@ def test_one_view_each() -> None:
     assert [t.tolist() for t in (cut.targets, cut.labels, cut.index)] == [[3, 4], [3, 4], [0, 1]]
     assert torch.equal(cut.partners.images, -images[:2])
     assert len(one_view_each(whole, 1).peer_images) == 1
+
+
+def test_a_run_measures_every_network_and_a_kept_one_is_that(tmp_path: Path) -> None:
+    method = {"name": "DML", "options": {"peers": ["cifar_resnet20"]}}
+    result = fit(tiny(method, train_limit=64, epochs=1), tmp_path, console=quiet())
+    assert list(result["deployables"]) == ["DML.peer1", "DML.ensemble"]
+    student, peer = result["parameters"]["deployed"], result["deployables"]["DML.peer1"]["parameters"]
+    assert student < peer == sum(p.numel() for p in make_model("cifar_resnet20", 10).parameters())
+    assert result["deployables"]["DML.ensemble"]["parameters"] == student + peer
+    assert all(0 <= other["test"]["top1"] <= 1 for other in result["deployables"].values())
+    assert result["attached"]["DML"]["auxiliaries"] == {"peers": peer}
 
 
 class TestContract(MethodContract):

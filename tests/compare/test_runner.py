@@ -136,6 +136,11 @@ def test_no_job_is_refused(tmp_path: Path) -> None:
         ("ONE(branches=2, gate=mean)", "ONE(branches=2,gate=mean)"),
         ("ONE(kl-weight=0)+Supervised(label_smoothing=0.1)", "ONE(kl_weight=0.0)+Supervised(label_smoothing=0.1)"),
         ("KD(teachers=runs/ONE+x)", "KD(teachers=runs/ONE+x)"),
+        ("DML(peers=2)", "DML(peers=2)"),
+        ("DML(peers=1)", "DML"),
+        ("DML(peers=resnet18)", "DML(peers=resnet18)"),
+        ('DML(peers=["cifar_resnet32", "resnet18"])', "DML(peers=[cifar_resnet32,resnet18])"),
+        ("DML(peers=[cifar_resnet32,resnet18])", "DML(peers=[cifar_resnet32,resnet18])"),
         ('KD(teachers=["a","b,c"],temperature=2)', "KD(teachers=[a,b,c],temperature=2.0)"),
     ],
 )

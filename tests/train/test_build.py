@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from attar.errors import AttarError
-from attar.methods import KD, ONE
+from attar.methods import DML, KD, ONE
 from attar.spec import TrainSpec
 from attar.train import build_methods, build_model, build_source, load_teacher
 from attar.train.models import make_model
@@ -78,6 +78,12 @@ def test_a_file_that_runs_code_is_not_loaded(tmp_path: Path) -> None:
         ("KD", "KD: Option 'teachers' must be given"),
         ({"name": "KD", "options": {"teachers": "/nowhere"}}, "no teacher '/nowhere'"),
         ({"name": "KD", "options": {"teachers": ["resnet81=/w.pt"]}}, "no model 'resnet81'"),
+        (
+            {"name": "DML", "options": {"peers": ["cifar_resnet20", "resnet81"]}},
+            "no model 'resnet81': did you mean 'res",
+        ),
+        ({"name": "DML", "options": {"peers": 1.5}}, "DML: Option 'peers' cannot be 1.5: give how many, or the names"),
+        ({"name": "DML", "options": {"peers": -1}}, "DML cannot have -1 peers"),
     ],
 )
 def test_methods(method: str | dict[str, Any], said: str) -> None:
@@ -106,6 +112,25 @@ def test_teachers(one_run: tuple[Path, TrainSpec, dict[str, Any]], tmp_path: Pat
     assert (of_file.normalization, of_file.image_size) == (None, None)
     with pytest.raises(AttarError, match="knows 10 classes, but the data have 100"):
         load_teacher(str(folder), 100)
+
+
+def test_peers() -> None:
+    names = ["cifar_resnet20", "torchvision:squeezenet1_1"]
+    (named,) = build_methods(tiny({"name": "DML", "options": {"peers": names}}), 4)
+    assert isinstance(named, DML)
+    assert [type(network).__name__ for network in named.peers.networks] == ["CifarResNet", "SqueezeNet"]
+    assert [network(torch.randn(2, 3, 32, 32)).shape[1] for network in named.peers.networks] == [4, 4]
+    assert all(parameter.requires_grad for parameter in named.parameters())
+    (counted,) = build_methods(tiny({"name": "DML", "options": {"peers": 2}}), 4)
+    assert isinstance(counted, DML)
+    assert len(counted.peers) == 2
+    # Drawn behind the student, which is the same whatever trains beside it.
+    torch.manual_seed(0)
+    alone = build_model(tiny(), 4)
+    torch.manual_seed(0)
+    beside = build_model(tiny(), 4)
+    build_methods(tiny({"name": "DML", "options": {"peers": names}}), 4)
+    assert all(torch.equal(p, beside.get_parameter(name)) for name, p in alone.named_parameters())
 
 
 def test_train_limit_is_stratified_and_fixed() -> None:
