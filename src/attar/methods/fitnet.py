@@ -153,7 +153,8 @@ class FitNet(Method):
         for (guided, reader), regressors in zip(self._readers, self.regressors, strict=True):
             hints = reader(outputs.images).stages
             distances = []
-            for stage, hint, regressor in zip(guided, hints, regressors, strict=True):  # type: ignore[arg-type]
+            assert isinstance(regressors, nn.ModuleList)
+            for stage, hint, regressor in zip(guided, hints, regressors, strict=True):
                 distances.append(self._distance(regressor(outputs[stage.tap], (hint.shape[2], hint.shape[3])), hint))
             sums.append(torch.stack(distances).sum())
         return torch.stack(sums).mean()
