@@ -17,7 +17,7 @@ _NUMBERS = itertools.count()
 
 def drawn(seed: int, step: int, count: int) -> int:
     """Return a number in 0..count-1, uniform over steps: a pure function, the same on every machine."""
-    digest = hashlib.blake2b(f"{seed}/{step}".encode(), digest_size=8).digest()
+    digest = hashlib.blake2b(f"{seed}:{step}".encode(), digest_size=8).digest()
     return int.from_bytes(digest, "little") % count
 
 

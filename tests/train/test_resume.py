@@ -16,8 +16,8 @@ import torch
 
 from attar.errors import AttarError
 from attar.method import Method
-from attar.methods import available
-from attar.spec import TrainSpec
+from attar.methods import available, find
+from attar.spec import TrainSpec, method_options, teacher_options
 from attar.train import Interrupted, fit
 from runs import in_child, lines, quiet, tiny, train_in_child
 
@@ -86,7 +86,9 @@ def test_stopped_inside_an_epoch_every_method_ends_bit_identical(
     method: str, tmp_path: Path, one_run: tuple[Path, TrainSpec, dict[str, Any]]
 ) -> None:
     """Samplers, memories of samples and of the last step, schedules: all of it goes on where it stopped."""
-    options = {"KD": {"teachers": [str(one_run[0])]}, "OSKD": {"sampler": "balanced"}}.get(method, {})
+    fields = method_options(find(method)).model_fields
+    taught = {name: [str(one_run[0])] for name in teacher_options(find(method)) if fields[name].is_required()}
+    options = {**taught, **({"sampler": "balanced"} if method == "OSKD" else {})}
     spec = tiny({"name": method, "options": options}, train_limit=160, log_every=1)
     fit(spec, tmp_path / "whole", console=quiet())
     with pytest.raises(Interrupted):

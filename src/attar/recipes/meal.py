@@ -10,7 +10,7 @@ from attar.spec import MethodSpec, TrainSpec, parse
 __all__ = ["meal_resnet50_imagenet", "meal_v2_resnet18_imagenet", "meal_v2_resnet50_imagenet"]
 
 _ONE_TEACHER = (
-    "A recipe trains one teacher: several that are trained already are given to `attar train MEAL --MEAL-teachers`."
+    "A recipe trains one teacher: several that are trained already are given to `attar train MEAL --MEAL.teachers`."
 )
 _KEPT = "1 % of the training images choose the epoch, and the test set is read once."
 
