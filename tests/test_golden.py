@@ -32,6 +32,8 @@ from attar.functional import (
 from attar.functional.adversarial import activation_bins
 from attar.functional.label_augmentation import Transform, joint_labels, transformed
 from attar.functional.peers import peer_attention
+from attar.functional.pkt import probabilistic_transfer
+from attar.functional.sparse import decoded, sparsified
 from attar.method import Method
 from attar.methods import (
     AT,
@@ -49,11 +51,14 @@ from attar.methods import (
     SAD,
     SLA,
     SPKD,
+    SRM,
     FitNet,
+    InDistill,
     OKDDip,
     TfKD,
 )
 from attar.reader import Reading
+from attar.zoo import CifarCNN
 
 DIRECTORY = Path(os.environ.get("ATTAR_GOLDEN") or Path(__file__).parent / "golden")
 Tensors = dict[str, Tensor]
@@ -929,6 +934,140 @@ def fitnet_hint(hyper: dict[str, Any], t: Tensors, mode: str) -> None:
         assert_golden(parameter.grad, t[f"gw64.reg.{name}"], f"gradient of {name}")
 
 
+class _Mapped(nn.Module):
+    """A stored map as its one stage, and stored logits."""
+
+    def __init__(self, value: Tensor, logits: Tensor) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(1, 1, 1, dtype=torch.float64)
+        self.map = _Map()
+        self.map.value, self.logits = value, logits
+
+    def forward(self, images: Tensor) -> Tensor:
+        self.map(self.conv(images))
+        return self.logits[: len(images)]
+
+
+def indistill(hyper: dict[str, Any], t: Tensors, mode: str) -> None:
+    if hyper["variant"] == "pkt":
+        student, teacher = leaf(t["in.f_s"]), leaf(t["in.f_t"])
+        loss = probabilistic_transfer(
+            student, teacher, kernels=("cosine", "student-t"), divergence="jeffreys", eps=1e-6
+        )
+        loss.backward()
+        assert_golden(loss, t["out64.loss"], "loss")
+        assert_golden(student.grad, t["grad64.f_s"], "gradient of the student's features")
+        return
+    if hyper["variant"] == "schedule":
+        distiller = attar.Distiller(CifarCNN((2, 2, 2)), [InDistill(CifarCNN((4, 4, 4)))], attar.Classification(10))
+        distiller.build(torch.zeros(2, 3, 32, 32))
+        epochs = hyper["first_learning_rate_epochs"] + 10
+        names = []
+        for epoch in range(epochs):
+            distiller.epoch_start(epoch, epochs)
+            names.append(distiller.phase.name if distiller.phase else "main")
+        numbers = {"layer 1": 0, "layer 2": 1, "layer 3": 2, "main": 3}
+        stored = t["out.active_layer"].tolist()
+        assert [numbers[name] for name in names[: len(stored)]] == stored
+        assert [int(name == "main") for name in names[: len(stored)]] == t["out.uses_pkt"].tolist()
+        return
+    assert hyper["variant"] == "prune", f"no handler for variant {hyper['variant']}"
+    images, classes = t["in.x"].double(), t["w.teacher.fc2.bias"].shape[0]
+    teacher = CifarCNN([t[f"in.w{i}"].shape[0] for i in (1, 2, 3)], num_classes=classes).double()
+    # The official network's hidden layer is narrower; nothing behind the last stage is read.
+    official = {
+        re.sub(r"conv(\d)_bn", r"bn\1", key.removeprefix("w.teacher.")): value
+        for key, value in t.items()
+        if key.startswith("w.teacher.conv")
+    }
+    missing = teacher.load_state_dict(official, strict=False)
+    assert not missing.unexpected_keys
+    assert all(key.startswith("fc") or "num_batches" in key for key in missing.missing_keys)
+    kept = [t[f"out.keep{i}"] for i in (1, 2, 3)]
+    flat = [leaf(t[f"in.s{i}"]) for i in range(3)]
+    sides = [int((values.shape[1] / len(k)) ** 0.5) for values, k in zip(flat, kept, strict=True)]
+    maps = [v.unflatten(1, (len(k), side, side)) for v, k, side in zip(flat, kept, sides, strict=True)]
+    student = _Levels(maps, torch.zeros(2, classes, dtype=torch.float64))
+    method = InDistill(teacher, official_bn=True)
+    stages = [f"stages.{i}" for i in range(3)]
+    distiller = attar.Distiller(student, [method], attar.Classification(classes), stages=stages).build(images)
+    total = torch.zeros((), dtype=torch.float64)
+    for i in range(3):
+        indices = getattr(method, f"selected{i}")
+        assert torch.equal(indices, kept[i])
+        weight = teacher.get_submodule(f"conv{i + 1}").weight
+        assert_golden(weight[indices], t[f"out64.pw{i + 1}"], f"pruned weights {i + 1}")
+        assert_golden(method.target(i, images), t[f"out64.layer{i}"], f"pruned features {i}")
+        distiller.enter(i)
+        loss = distiller((images, torch.zeros(2, dtype=torch.long)), 0.0).total()
+        assert_golden(loss, t[f"out64.mse{i}"], f"mse {i}")
+        total = total + loss
+    total.backward()
+    assert_golden(total, t["out64.loss"], "loss")
+    for i in (1, 2):  # that of the shallowest is not stored
+        assert_golden(flat[i].grad, t[f"grad64.s{i}"], f"gradient of s{i}")
+
+
+def srm(hyper: dict[str, Any], t: Tensors, mode: str) -> None:
+    if hyper["variant"] == "kd":
+        logits = leaf(t["in.logits"])
+        maps = torch.randn(len(logits), 4, 2, 2, dtype=torch.float64)
+        method = SRM(_Mapped(maps, t["in.logits_t"].double()), alpha=hyper["alpha"], temperature=hyper["T"])
+        distiller = _mapped(method, maps, logits)
+        terms = distiller((torch.zeros(len(logits), 1, 4, 4, dtype=torch.float64), t["in.labels"]), 0.5)
+        terms.total().backward()
+        assert_golden(terms.total(), t["out64.loss"], "loss")
+        assert_golden(logits.grad, t["grad64.logits"], "gradient of the logits")
+        return
+    assert hyper["variant"] == "srm", f"no handler for variant {hyper['variant']}"
+    theirs, ours = t["in.x_t"].double(), leaf(t["in.x_s"])
+    batch, channels = theirs.shape[:2]
+    logits = torch.zeros(batch, 2, dtype=torch.float64)
+    method = SRM(
+        _Mapped(theirs, logits),
+        codewords=hyper["M"] / channels,
+        sparsity=(hyper["sparsity"] + 0.01) / hyper["M"],
+        embedding=False,
+        teacher_stages=("map",),
+    )
+    distiller = _mapped(method, ours, logits)
+    assert method.kept == [hyper["sparsity"]]
+    (dictionary,), (head,) = method.dictionaries, method.heads
+    with torch.no_grad():
+        for block, name in ((dictionary, "rep"), (head, "pred")):
+            block.centers.copy_(t[f"w.{name}.centers"])
+            block.intercept.copy_(t[f"w.{name}.intercept"])
+    images, labels = torch.zeros(batch, 1, *theirs.shape[2:], dtype=torch.float64), torch.zeros(batch, dtype=torch.long)
+    codes = sparsified(dictionary(theirs).sigmoid(), hyper["sparsity"])
+    assert_golden(decoded(codes, dictionary.centers), t["out64.recon"], "recon")
+    ((pixel, image),) = method.labels(images)
+    assert torch.equal(pixel, t.get("out64.local_label", t["out.local_label"]))
+    assert_golden(image, t["out64.global_label"], "global label")
+    similar = head(ours).sigmoid()
+    assert_golden(similar, t["out64.local_pred"], "local prediction")
+    assert_golden(similar.mean(dim=(2, 3)), t["out64.global_pred"], "global prediction")
+    distiller.enter(0)
+    reconstruction = distiller((images, labels), 0.0).total()
+    assert_golden(reconstruction, t["out64.recon_loss"], "reconstruction")
+    distiller.enter(1)
+    terms = distiller((images, labels), 0.0)
+    assert_golden(terms.losses["SRM.image"], t["out64.l_global"], "image")
+    assert_golden(terms.losses["SRM.pixel"], t["out64.l_local"], "pixel")
+    loss = reconstruction + terms.total()
+    loss.backward()
+    assert_golden(loss, t["out64.loss"], "loss")
+    assert_golden(ours.grad, t["grad64.x_s"], "gradient of the student's features")
+    for block, name in ((dictionary, "rep"), (head, "pred")):
+        assert_golden(block.centers.grad, t[f"gw64.{name}.centers"], f"gradient of {name}.centers")
+        assert_golden(block.intercept.grad, t[f"gw64.{name}.intercept"], f"gradient of {name}.intercept")
+
+
+def _mapped(method: SRM, maps: Tensor, logits: Tensor) -> attar.Distiller:
+    task = attar.Classification(logits.shape[1])
+    distiller = attar.Distiller(_Mapped(maps, logits), [method], task, stages=["map"])
+    return distiller.build(torch.zeros(len(maps), 1, *maps.shape[2:], dtype=torch.float64))
+
+
 HANDLERS: dict[str, Callable[[dict[str, Any], Tensors, str], None]] = {
     "at": at,
     "bake": bake,
@@ -939,6 +1078,7 @@ HANDLERS: dict[str, Callable[[dict[str, Any], Tensors, str], None]] = {
     "dml": dml,
     "fitnet_hint": fitnet_hint,
     "frskd": frskd,
+    "indistill": indistill,
     "kd": kd,
     "meal": meal,
     "okddip": okddip,
@@ -949,6 +1089,7 @@ HANDLERS: dict[str, Callable[[dict[str, Any], Tensors, str], None]] = {
     "selfkd_extras": selfkd_extras,
     "sla": sla,
     "spkd": spkd,
+    "srm": srm,
 }
 
 

@@ -39,7 +39,9 @@ from attar.methods import (
     SCD,
     SLA,
     SPKD,
+    SRM,
     FitNet,
+    InDistill,
     Moonshine,
     OKDDip,
     Supervised,
@@ -58,6 +60,7 @@ METHODS: dict[str, Callable[[], Method]] = {
     "DML": lambda: DML(),
     "FRSKD": lambda: FRSKD(batch_norm=False),
     "FitNet": lambda: FitNet(Net().double(), batch_norm=False),
+    "InDistill": lambda: InDistill(Net().double()),
     "KD": lambda: KD(Net().double()),
     "KDCL": lambda: KDCL(),
     "MEAL": lambda: MEAL([Net().double(), Net().double()], out_dims=(20, 10)),
@@ -73,6 +76,7 @@ METHODS: dict[str, Callable[[], Method]] = {
     "SCD": lambda: SCD(),
     "SLA": lambda: SLA(),
     "SPKD": lambda: SPKD(),
+    "SRM": lambda: SRM(Net().double(), sparsity=0.2),
     "Supervised": lambda: Supervised(label_smoothing=0.1),
     "TfKD": lambda: TfKD(),
 }
@@ -91,13 +95,18 @@ def step(distiller: attar.Distiller, forward: Callable[..., attar.Terms], rows: 
     labels, index = LABELS[rows].repeat(views), torch.arange(len(IMAGES))[rows].repeat(views)
     batch = attar.Batch(images, labels, index, labels, views)
     partners = dataclasses.replace(batch, images=images.flip(-2))
-    # Two steps without an update: what a method remembers of the first shows in the second.
-    for _ in range(2):
-        distiller.zero_grad(set_to_none=True)
-        terms = forward(dataclasses.replace(batch, partners=partners), torch.tensor(0.2))
-        terms.total().backward()
-    gradients = {f"gradient {name}": p.grad for name, p in distiller.named_parameters() if p.grad is not None}
-    return {**gradients, **{f"loss {name}": loss.detach() for name, loss in terms.losses.items()}}
+    found: dict[str, Tensor] = {}
+    for phase in (*range(len(distiller.phases)), None):
+        distiller.enter(phase)
+        # Two steps without an update: what a method remembers of the first shows in the second.
+        for _ in range(2):
+            distiller.zero_grad(set_to_none=True)
+            terms = forward(dataclasses.replace(batch, partners=partners), torch.tensor(0.2))
+            terms.total().backward()
+        learnt = ((name, p.grad) for name, p in distiller.named_parameters())
+        found |= {f"gradient {name}, phase {phase}": grad.clone() for name, grad in learnt if grad is not None}
+        found |= {f"loss {name}, phase {phase}": loss.detach() for name, loss in terms.losses.items()}
+    return found
 
 
 def rank_main(rank: int, port: int, folder: str) -> None:
@@ -107,7 +116,7 @@ def rank_main(rank: int, port: int, folder: str) -> None:
     try:
         for name in METHODS:
             distiller = built(name)
-            parallel = DistributedDataParallel(distiller)
+            parallel = DistributedDataParallel(distiller, find_unused_parameters=bool(distiller.phases))
             results = step(distiller, parallel, slice(3 * rank, 3 * rank + 3))
             for key in results:
                 if key.startswith("loss"):

@@ -115,10 +115,10 @@ class MethodCost:
 
     Attributes:
         name: of the method.
-        terms: the losses it adds, unprefixed.
+        terms: the losses it adds, in its phases or in the main training, unprefixed.
         auxiliaries: child modules it adds, with their numbers of parameters.
         taps: the student's modules it reads.
-        cost: of student and method together.
+        cost: of student and method together, in the main training.
         needs: what must be given besides labelled images, in words.
         refusal: why it cannot work on this student; the rest is then empty.
     """
@@ -166,11 +166,14 @@ def method_cost(
     if isinstance(method.sampling, ClassPairs):
         batch = replace(batch, partners=batch)
     distiller.eval()
-    with torch.no_grad():
-        terms = distiller(batch, 0.5)
+    names: dict[str, None] = {}
+    for phase in (*range(len(distiller.phases)), None):
+        distiller.enter(phase)
+        with torch.no_grad():
+            names |= dict.fromkeys(distiller(batch, 0.5).losses)
     return MethodCost(
         kind.__name__,
-        tuple(name.partition(".")[2] for name in terms.losses if name != "task"),
+        tuple(name.partition(".")[2] for name in names if name != "task"),
         tuple((name, sum(p.numel() for p in child.parameters())) for name, child in method.named_children()),
         tuple(dict.fromkeys(tap.module for tap in method.taps(distiller.anatomy))),
         training_cost(distiller, batch),
@@ -202,12 +205,17 @@ class TermCheck:
         value: unweighted.
         weights: at the start, half way through and at the end of a run.
         gradient: Euclidean norm of the unweighted term's gradient over all of the student's parameters.
+        phase: that it belongs to; None: the main training.
     """
 
     name: str
     value: float
     weights: tuple[float, float, float]
     gradient: float
+    phase: str | None = None
+
+    def __str__(self) -> str:
+        return self.name if self.phase is None else f"{self.name} ({self.phase})"
 
 
 @dataclass(frozen=True)
@@ -215,10 +223,11 @@ class Checked:
     """What one batch on the CPU showed.
 
     Attributes:
-        terms: every term.
+        terms: every term, those of phases first, in order.
+        phases: (method, phase, share of the run) of what comes before the main training, in order.
         taps: (module, side, shape) of every tapped tensor.
         added: trainable parameters that each method adds.
-        without_gradient: parameters that one step does not reach.
+        without_gradient: parameters that no step reaches, neither of a phase nor of the main training.
         teachers: (name, whether it is frozen and in evaluation mode).
         made_out_of_place: activations whose in-place mode is off while training.
         graph_breaks: reasons why torch.compile would break the graph; None when it was not asked.
@@ -228,6 +237,7 @@ class Checked:
     """
 
     terms: tuple[TermCheck, ...]
+    phases: tuple[tuple[str, str, float], ...]
     taps: tuple[tuple[str, str, tuple[int, ...]], ...]
     added: dict[str, int]
     without_gradient: tuple[str, ...]
@@ -241,6 +251,8 @@ class Checked:
 
 def check(distiller: Distiller, batch: Batch, *, compiled: bool = False) -> Checked:
     """Take one step with a new, unbuilt distiller on one batch and look at everything that can go wrong.
+
+    Where methods train in phases, one step of each and one of the main training; graph breaks are of the latter.
 
     Args:
         distiller: not built yet; it is built here and its batch statistics move by one batch.
@@ -257,7 +269,10 @@ def check(distiller: Distiller, batch: Batch, *, compiled: bool = False) -> Chec
     # No more samples than this batch names will be remembered.
     distiller.build(batch.images, int(batch.index.max()) + 1 if batch.index is not None else None).train()
     attached = {name: method for name, method in distiller.methods.items() if isinstance(method, Method)}
-    terms, without_gradient = _step(distiller, batch)
+    terms, without_gradient = _steps(distiller, batch)
+    phases = tuple((method.name, phase.name, phase.share) for method, phase in distiller.phases)
+    # In these the student does not run, so nothing could move it.
+    idle = {phase.name for _, phase in distiller.phases if phase.until == ()}
     breaks = _graph_breaks(distiller, batch) if compiled else None
     teachers = tuple(
         (teacher.name, not teacher.network.training and not any(p.requires_grad for p in teacher.network.parameters()))
@@ -265,14 +280,16 @@ def check(distiller: Distiller, batch: Batch, *, compiled: bool = False) -> Chec
         for teacher in method.teachers
     )
     refusal = _strip_refusal(distiller)
-    problems = [f"Term {term.name} is {term.value}." for term in terms if not _finite(term.value)]
-    problems += [f"Term {term.name} has a gradient that is not finite." for term in terms if not _finite(term.gradient)]
+    problems = [f"Term {term} is {term.value}." for term in terms if not _finite(term.value)]
+    problems += [f"Term {term} has a gradient that is not finite." for term in terms if not _finite(term.gradient)]
     problems += [f"Parameter {name} gets no gradient." for name in without_gradient]
     problems += [f"The {name} is not frozen in evaluation mode." for name, frozen in teachers if not frozen]
     problems += [refusal] if refusal else []
-    remarks = [f"Term {term.name} does not move the student." for term in terms if term.gradient == 0.0]
+    still = [term for term in terms if term.gradient == 0.0 and term.phase not in idle]
+    remarks = [f"Term {term} does not move the student." for term in still]
     return Checked(
         terms,
+        phases,
         _tap_shapes(student, attached.values(), distiller.anatomy, batch.images),
         {name: sum(p.numel() for p in method.parameters() if p.requires_grad) for name, method in attached.items()},
         without_gradient,
@@ -293,10 +310,25 @@ def _finite(value: float) -> bool:
     return abs(value) < float("inf")  # false for NaN too
 
 
-def _step(distiller: Distiller, batch: Batch) -> tuple[tuple[TermCheck, ...], tuple[str, ...]]:
+def _steps(distiller: Distiller, batch: Batch) -> tuple[tuple[TermCheck, ...], tuple[str, ...]]:
+    checks: list[TermCheck] = []
+    without = {name: None for name, p in distiller.named_parameters() if p.requires_grad}
+    for phase in (*range(len(distiller.phases)), None):
+        distiller.enter(phase)
+        checks += _step(distiller, batch)
+        for name, parameter in distiller.named_parameters():
+            if parameter.grad is not None:
+                without.pop(name, None)
+        distiller.zero_grad(set_to_none=True)
+    return tuple(checks), tuple(without)
+
+
+def _step(distiller: Distiller, batch: Batch) -> list[TermCheck]:
+    """Look at the terms of one step, and leave the gradient of their sum."""
     with torch.no_grad():
         first, last = distiller(batch, 0.0), distiller(batch, 1.0)
     half = distiller(batch, 0.5)
+    phase = distiller.phase.name if distiller.phase is not None else None
     parameters = [p for p in distiller.student.parameters() if p.requires_grad]
     checks = []
     for name, loss in half.losses.items():
@@ -306,11 +338,9 @@ def _step(distiller: Distiller, batch: Batch) -> tuple[tuple[TermCheck, ...], tu
         norms = [gradient.detach().double().norm() for gradient in gradients if gradient is not None]
         norm = float(torch.stack(norms).norm()) if norms else 0.0
         weights = (float(first.weights[name]), float(half.weights[name]), float(last.weights[name]))
-        checks.append(TermCheck(name, float(loss.detach()), weights, norm))
+        checks.append(TermCheck(name, float(loss.detach()), weights, norm, phase))
     half.total().backward()
-    without = tuple(name for name, p in distiller.named_parameters() if p.requires_grad and p.grad is None)
-    distiller.zero_grad(set_to_none=True)
-    return tuple(checks), without
+    return checks
 
 
 def _tap_shapes(

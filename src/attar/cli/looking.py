@@ -163,8 +163,10 @@ def check(words: list[str]) -> int:
     table = Table("term", "value", "weight at 0, 1/2, 1", "gradient norm on the student", **PLAIN_TABLE)
     for term in found.terms:
         weights = ", ".join(f"{weight:.3g}" for weight in term.weights)
-        table.add_row(term.name, f"{term.value:.4g}", weights, f"{term.gradient:.4g}")
+        table.add_row(str(term), f"{term.value:.4g}", weights, f"{term.gradient:.4g}")
     console.print(table)
+    for method, phase, share in found.phases:
+        console.print(f"{method} begins with the phase '{phase}', {share:.1%} of the run.")
     if found.taps:
         table = Table("tapped module", "side", "shape", **PLAIN_TABLE)
         for module, side, shape in found.taps:

@@ -10,6 +10,7 @@ from attar.methods.dlb import DLB
 from attar.methods.dml import DML
 from attar.methods.fitnet import FitNet
 from attar.methods.frskd import FRSKD
+from attar.methods.indistill import InDistill
 from attar.methods.kd import KD
 from attar.methods.kdcl import KDCL
 from attar.methods.meal import MEAL
@@ -25,6 +26,7 @@ from attar.methods.sad import SAD
 from attar.methods.scd import SCD
 from attar.methods.sla import SLA
 from attar.methods.spkd import SPKD
+from attar.methods.srm import SRM
 from attar.methods.supervised import Supervised
 from attar.methods.tf_kd import TfKD
 
@@ -50,7 +52,9 @@ __all__ = [
     "SCD",
     "SLA",
     "SPKD",
+    "SRM",
     "FitNet",
+    "InDistill",
     "Moonshine",
     "OKDDip",
     "Supervised",

@@ -17,7 +17,7 @@ from attar.methods import find
 from attar.recipes.recipe import CLASSES, IMAGENET, UNITS, Metric, Published, Recipe, missing_methods, runs_of
 from attar.recipes.scale import small
 from attar.spec import MethodSpec, TrainSpec, teacher_options
-from attar.train import build_source
+from attar.train import build_source, retrieve_run
 from attar.train.files import read_json
 
 if TYPE_CHECKING:
@@ -203,12 +203,13 @@ def _figures(recipe: Recipe, cells: Mapping[str, Sequence[Cell]]) -> list[Figure
     metric = recipe.published[0].metric if recipe.published else "top-1 error"
     figures = []
     for label, group in cells.items():
-        results = [read_json(cell.folder / "result.json") for cell in group if cell.finished]
         published = [figure for figure in recipe.published if figure.run == label]
+        searched = any(figure.metric in _DISTANCES for figure in recipe.published)
+        results = [_result(cell.folder, searched) for cell in group if cell.finished]
         networks = dict.fromkeys(("student", *(name for result in results for name in result["deployables"])))
         for network in networks:
             own = [figure for figure in published if figure.network == network]
-            if not any(figure.metric in _TOP1 for figure in own):
+            if not any(figure.metric in (*_TOP1, *_DISTANCES) for figure in own):
                 figures.append(Figure(label, network, metric, None, _measured(results, network, metric)))
             for figure in own:
                 measured = _measured(results, network, figure.metric)
@@ -225,6 +226,16 @@ _TOP1: dict[Metric, Callable[[float], float]] = {
 }
 
 
+# By which distance a network's images search the training images.
+_DISTANCES: dict[Metric, str] = {"mAP (cosine)": "cosine", "mAP (euclidean)": "euclidean"}
+
+
+def _result(folder: Path, searched: bool) -> dict[str, Any]:
+    """Return what a run has measured, with its student's retrieval where a figure is about that."""
+    result: dict[str, Any] = read_json(folder / "result.json")
+    return {**result, "retrieval": retrieve_run(folder)} if searched else result
+
+
 def _measured(results: Sequence[dict[str, Any]], network: str, metric: Metric) -> Summary | None:
     values = [value for result in results if (value := _value(result, network, metric)) is not None]
     return summary(values) if values else None
@@ -234,6 +245,9 @@ def _value(result: dict[str, Any], network: str, metric: Metric) -> float | None
     if metric in _TOP1:
         test = result["test"] if network == "student" else result["deployables"][network]["test"]
         return _TOP1[metric](test["top1"])
+    if metric in _DISTANCES:
+        scores = result["retrieval"][_DISTANCES[metric]] if network == "student" else None
+        return 100 * scores.batch_interpolated_map if scores is not None else None
     if metric == "parameters":
         deployed = result["parameters"]["deployed"]
         return float((deployed if network == "student" else result["deployables"][network]["parameters"]) / 1e6)
@@ -280,7 +294,7 @@ def _cells(figure: Figure, answer: Reproduction) -> list[str]:
     if published is not None and published.spread is not None:
         shown += f" +- {published.spread:.2f}"
     interval = "-"
-    if measured is not None and len(measured.values) > 1 and figure.metric in _TOP1:
+    if measured is not None and len(measured.values) > 1 and figure.metric in (*_TOP1, *_DISTANCES):
         low, high = (min(max(end, 0.0), 100.0) for end in (measured.low, measured.high))
         interval = f"{low:.2f} to {high:.2f}"
     difference = "-"
@@ -296,4 +310,4 @@ def _cells(figure: Figure, answer: Reproduction) -> list[str]:
 
 
 def _number(value: float, metric: Metric) -> str:
-    return f"{value:.2f}" if metric in _TOP1 else f"{value:.3g}"
+    return f"{value:.2f}" if metric in (*_TOP1, *_DISTANCES) else f"{value:.3g}"

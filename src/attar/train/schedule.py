@@ -27,7 +27,7 @@ def make_optimizer(spec: TrainSpec, distiller: Distiller) -> torch.optim.Optimiz
     if spec.optimizer == "sgd":
         parameters = [parameter for parameter in distiller.parameters() if parameter.requires_grad]
         nesterov = spec.nesterov and spec.momentum > 0
-        return torch.optim.SGD(
+        sgd = torch.optim.SGD(
             _by_rate([{"params": parameters}], distiller),
             lr=spec.lr,
             momentum=spec.momentum,
@@ -35,6 +35,12 @@ def make_optimizer(spec: TrainSpec, distiller: Distiller) -> torch.optim.Optimiz
             nesterov=nesterov,
             fused=True,
         )
+        if spec.momentum > 0 and distiller.phases:
+            # Fused SGD refuses parameters whose first gradient comes after the others'; a momentum of 0 is what it
+            # would begin with anyway.
+            for parameter in parameters:
+                sgd.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
+        return sgd
     groups = param_groups_weight_decay(distiller, spec.weight_decay, no_weight_decay_list=_exempt(distiller.student))
     return torch.optim.AdamW(_by_rate(groups, distiller), lr=spec.lr, weight_decay=spec.weight_decay, fused=True)
 

@@ -68,7 +68,7 @@ class Tracker:
         if self._progress is not None:
             total = sum(line["weights"][name] * loss for name, loss in line["losses"].items())
             said = f"loss {total:.3g}  {line['images_per_second']:.0f} images/s"
-            self._progress.update(self._task, description=f"epoch {line['epoch'] + 1}", said=said)
+            self._progress.update(self._task, description=f"epoch {line['epoch'] + 1}{_phase(line)}", said=said)
         scalars = {f"loss/{name}": loss for name, loss in line["losses"].items()}
         scalars |= {f"weight/{name}": weight for name, weight in line["weights"].items()}
         scalars |= {"lr": line["lr"], "images_per_second": line["images_per_second"]}
@@ -112,10 +112,16 @@ class Tracker:
 
 def epoch_line(line: dict[str, Any]) -> str:
     """Say one epoch in one line."""
-    held = line["holdout"]
+    held, losses = line["holdout"], line["losses"]
+    # A phase has no supervised loss: what is learnt from is shown instead.
+    loss = losses["task"] if "task" in losses else sum(line["weights"][name] * value for name, value in losses.items())
     ema = f" (ema {line['holdout_ema']['top1']:.1%})" if "holdout_ema" in line else ""
     return (
-        f"epoch {line['epoch'] + 1}/{line['epochs']}  loss {line['losses']['task']:.4f}  "
+        f"epoch {line['epoch'] + 1}/{line['epochs']}{_phase(line)}  loss {loss:.4f}  "
         f"hold-out top-1 {held['top1']:.1%}{ema}  nll {held['nll']:.4f}  lr {line['lr']:.2g}  "
         f"{line['images_per_second']:.0f} images/s"
     )
+
+
+def _phase(line: dict[str, Any]) -> str:
+    return f" ({line['phase']})" if "phase" in line else ""
