@@ -37,6 +37,7 @@ from attar.methods import (
     SRM,
     FitNet,
     InDistill,
+    InformationFlow,
     Moonshine,
     OKDDip,
     Supervised,
@@ -68,6 +69,7 @@ METHODS: dict[str, Callable[[int], Method]] = {
     "FRSKD": lambda classes: FRSKD(),
     "FitNet": lambda classes: FitNet(small_teacher(classes), regressor="pointwise"),
     "InDistill": lambda classes: InDistill(HandWritten(classes), wider="adapt"),
+    "InformationFlow": lambda classes: InformationFlow(HandWritten(classes)),
     "KD": lambda classes: KD(small_teacher(classes)),
     "KDCL": lambda classes: KDCL(),
     "MEAL": lambda classes: MEAL(small_teacher(classes)),
@@ -92,6 +94,8 @@ METHODS: dict[str, Callable[[int], Method]] = {
 # Where a method does not apply, and why it says so; everywhere else it must work.
 _NO_MAP = "behind a layer norm over channels every position has the same energy"
 REFUSED: dict[tuple[str, str], str] = {
+    ("AT", "pvt_v2_b0"): _NO_MAP,
+    ("AT", "torchvision:convnext_tiny"): _NO_MAP,
     ("Moonshine", "pvt_v2_b0"): "no attention map in '.*' of the student",
     ("Moonshine", "torchvision:convnext_tiny"): "no attention map in '.*' of the student",
     ("SAD", "pvt_v2_b0"): _NO_MAP,

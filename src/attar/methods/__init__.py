@@ -11,6 +11,7 @@ from attar.methods.dml import DML
 from attar.methods.fitnet import FitNet
 from attar.methods.frskd import FRSKD
 from attar.methods.indistill import InDistill
+from attar.methods.information_flow import InformationFlow
 from attar.methods.kd import KD
 from attar.methods.kdcl import KDCL
 from attar.methods.meal import MEAL
@@ -55,6 +56,7 @@ __all__ = [
     "SRM",
     "FitNet",
     "InDistill",
+    "InformationFlow",
     "Moonshine",
     "OKDDip",
     "Supervised",
