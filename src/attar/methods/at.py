@@ -132,9 +132,9 @@ class AT(Method):
                 own, other = next(pair for pair in pairs if pair not in mapped)
                 raise AttarError(
                     f"AT finds no attention map in the student's '{own.name}' ({own.height} x {own.width}) and the "
-                    f"{teacher.name}'s '{other.name}' ({other.height} x {other.width}), since a single position or a "
-                    "layer norm over channels leaves the same energy everywhere: give larger images or name modules "
-                    "with stages= and teacher_stages=."
+                    f"{teacher.name}'s '{other.name}' ({other.height} x {other.width}), since behind a layer norm over "
+                    "channels every position has the same energy and a single one says nothing about where: give "
+                    "larger images or name modules with stages= and teacher_stages=."
                 )
             own_stages, their_stages = zip(*mapped, strict=True)
             readers.append((own_stages, TeacherStages(teacher, probe.images, anatomy, their_stages)))
