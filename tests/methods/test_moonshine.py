@@ -148,6 +148,19 @@ def test_maps_of_one_position_are_left_out_or_refused() -> None:
         built(Moonshine(other(), stages=("low", "high"), teacher_stages=("low", "high")), images=images)
 
 
+@pytest.mark.parametrize("transformer_teaches", [True, False])
+def test_across_architectures_and_image_sizes(transformer_teaches: bool) -> None:
+    torch.manual_seed(1)
+    vit = timm.create_model("vit_tiny_patch16_224", num_classes=3, img_size=32, patch_size=8, depth=4, embed_dim=24)
+    pair = [HandWritten(3), vit] if transformer_teaches else [vit, HandWritten(3)]
+    size = 24 if transformer_teaches else 32
+    images = torch.randn(4, 3, size, size)
+    teacher = attar.Teacher(pair[1], image_size=32 if transformer_teaches else 20)
+    distiller = attar.Distiller(pair[0], [Moonshine(teacher, alpha=0.5)], attar.Classification(3))
+    distiller.build(images).train()((images, LABELS[:4]), 0.5).total().backward()
+    assert all(p.grad is not None and p.grad.isfinite().all() for p in distiller.parameters())
+
+
 class TestWithSoftLabels(MethodContract):
     """Attention alone is under contract with all methods; this is the form with soft labels."""
 

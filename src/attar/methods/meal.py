@@ -67,7 +67,8 @@ class MEAL(Method):
     student and teachers alike; all know the same classes in the same order.
 
     Cost: one teacher's forward per step, of any number in memory; v2 all of them. A discriminator of o bins has about
-    0.6 o^2 parameters: 16 M for four stages as published. Deployed: nothing.
+    0.6 o^2 parameters: 16 M for four stages as published. A compiled step keeps one graph per teacher, eight at most.
+    Deployed: nothing.
 
     When it helps: several good, different teachers (ImageNet ResNet-50: 23.85 to 21.79 % top-1 error; v2 80.67 %
     accuracy). Wrong teachers cap the student, since it sees no labels. The loss swings from step to step with the
