@@ -78,8 +78,8 @@ METHODS: dict[str, Callable[[int], Method]] = {
     "ONE": lambda classes: ONE(branches=2),
     "OSAKD": lambda classes: OSAKD(k=2),
     "OSKD": lambda classes: OSKD(),
-    "PKT": lambda classes: PKT(HandWritten(classes)),
     "PCL": lambda classes: PCL(branches=2),
+    "PKT": lambda classes: PKT(HandWritten(classes)),
     "PSKD": lambda classes: PSKD(),
     "SAD": lambda classes: SAD(),
     "SCD": lambda classes: SCD(),
@@ -95,7 +95,6 @@ METHODS: dict[str, Callable[[int], Method]] = {
 _NO_MAP = "behind a layer norm over channels every position has the same energy"
 REFUSED: dict[tuple[str, str], str] = {
     ("AT", "pvt_v2_b0"): _NO_MAP,
-    ("AT", "torchvision:convnext_tiny"): _NO_MAP,
     ("Moonshine", "pvt_v2_b0"): "no attention map in '.*' of the student",
     ("Moonshine", "torchvision:convnext_tiny"): "no attention map in '.*' of the student",
     ("SAD", "pvt_v2_b0"): _NO_MAP,
