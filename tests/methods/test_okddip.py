@@ -243,6 +243,35 @@ def test_peers_and_ensemble_to_keep(networks: bool) -> None:
     torch.testing.assert_close(distiller.strip(deployable="OKDDip.ensemble")(IMAGES), mean)
 
 
+class ClassMaps(nn.Module):
+    """Its classifier is a convolution: the embedding is the pooled last stage."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.low = nn.Sequential(nn.Conv2d(3, 6, 3, 2, 1), nn.Tanh())
+        self.high = nn.Sequential(nn.Conv2d(6, 8, 3, 2, 1), nn.Tanh())
+        self.leave = nn.Conv2d(8, 3, 1)
+
+    def forward(self, images: Tensor) -> Tensor:
+        return self.leave(self.high(self.low(images))).mean(dim=(2, 3))
+
+
+@pytest.mark.parametrize("networks", [False, True])
+def test_without_a_linear_classifier_the_pooled_last_stage_is_attended(networks: bool) -> None:
+    distiller = attar.Distiller(ClassMaps().double(), [OKDDip(networks=networks)], attar.Classification(3))
+    method = distiller.build(IMAGES).methods["OKDDip"]
+    assert method.query.weight.shape == (1, 8)
+    losses = distiller(BATCH, 1.0).losses
+    assert everything(gradients(losses["OKDDip.kl_peers"], method.query))
+    low = distiller.student.low(IMAGES)
+    tails = list(method.peers.networks) if networks else [peer.tail for peer in method.peers]
+    maps = [tail.high(tail.low(IMAGES) if networks else low) for tail in tails]
+    z = torch.stack([tail.leave(x).mean(dim=(2, 3)) for tail, x in zip(tails, maps, strict=True)], 1)
+    targets = method.targets(torch.stack([x.mean(dim=(2, 3)) for x in maps], 1), z)
+    by_hand = sum(kl_divergence(z[:, a], temperature=3.0, target_log_probs=targets[:, a]) for a in range(3))
+    torch.testing.assert_close(losses["OKDDip.kl_peers"], by_hand, rtol=1e-4, atol=1e-5)  # without the shift
+
+
 def test_whole_networks_share_nothing() -> None:
     distiller = built(OKDDip(networks=True))
     method = distiller.methods["OKDDip"]

@@ -376,6 +376,28 @@ def test_the_trunk_of_the_other_views_is_in_the_students_mode() -> None:
     assert [twice(mode) for mode in (True, False, True)] == [False, True, False]
 
 
+class ClassMaps(nn.Module):
+    """Its classifier is a convolution: the embedding is the pooled last stage."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.low = nn.Sequential(nn.Conv2d(3, 6, 3, 2, 1), nn.Tanh())
+        self.high = nn.Sequential(nn.Conv2d(6, 8, 3, 2, 1), nn.Tanh())
+        self.leave = nn.Conv2d(8, 3, 1)
+
+    def forward(self, images: Tensor) -> Tensor:
+        return self.leave(self.high(self.low(images))).mean(dim=(2, 3))
+
+
+def test_without_a_linear_classifier_the_pooled_last_stages_are_joined() -> None:
+    distiller = built(PCL(branches=2), network=ClassMaps)
+    loss = distiller(batch(VIEWS[:2]), 1.0).losses["PCL.ce_ensemble"]
+    method = distiller.methods["PCL"]
+    tails = [distiller.student, method.branches[0].tail]
+    f = [t.high(distiller.student.low(view)).mean(dim=(2, 3)) for t, view in zip(tails, VIEWS[:2], strict=True)]
+    torch.testing.assert_close(loss, distiller.task.loss(method.classifier(torch.cat(f, 1)), LABELS))
+
+
 def test_tied_weights_are_averaged_once() -> None:
     class Tied(Net):
         def __init__(self) -> None:

@@ -15,7 +15,15 @@ from attar.anatomy.stages import Anatomy
 from attar.anatomy.taps import Recorder, Tap
 from attar.errors import AttarError
 
-__all__ = ["Branch", "BranchEnsemble", "BranchNetwork", "BranchOutput", "make_branches", "same_tensors"]
+__all__ = [
+    "Branch",
+    "BranchEnsemble",
+    "BranchNetwork",
+    "BranchOutput",
+    "embedding_taps",
+    "make_branches",
+    "same_tensors",
+]
 
 
 class BranchOutput(NamedTuple):
@@ -139,6 +147,11 @@ def make_branches(
     halves = split(student, anatomy.find(cut).name, images, tail)
     tap = _embedding_tap(student, anatomy, halves, method)
     return halves, tap, [Branch(replica(halves.tail), tap).train(student.training) for _ in range(count)]
+
+
+def embedding_taps(anatomy: Anatomy) -> list[Tap]:
+    """Return what must be recorded for the student's embedding: where it is read, or all stages where there is none."""
+    return [stage.tap for stage in anatomy.stages] if anatomy.embedding is None else [anatomy.embedding]
 
 
 def _embedding_tap(student: nn.Module, anatomy: Anatomy, halves: Split, method: str) -> Tap:

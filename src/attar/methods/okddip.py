@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from attar.anatomy import Anatomy, Split, Tap
-from attar.anatomy.branches import Branch, BranchEnsemble, BranchNetwork, make_branches
+from attar.anatomy.branches import Branch, BranchEnsemble, BranchNetwork, embedding_taps, make_branches
 from attar.errors import AttarError
 from attar.functional import full_precision, sigmoid_ramp
 from attar.functional.peers import attached_kl, peer_attention, peer_targets
@@ -117,7 +117,7 @@ class OKDDip(Method):
         """Make the peers and the two maps of the attention."""
         anatomy = probe.anatomy
         if isinstance(self.peers, Peers):
-            self.peers.build(probe, taps=lambda anatomy: [_embedding(anatomy)])
+            self.peers.build(probe, taps=embedding_taps)
         else:
             halves, _, peers = make_branches(
                 probe.student,
@@ -181,7 +181,3 @@ class OKDDip(Method):
         tails = [peer.plain() for peer in self.peers if isinstance(peer, Branch)]
         peers = {f"peer{number}": BranchNetwork(halves.trunk, tail) for number, tail in enumerate(tails, 1)}
         return {**peers, "ensemble": BranchEnsemble(halves.trunk, [halves.tail, *tails])}
-
-
-def _embedding(anatomy: Anatomy) -> Tap:
-    return anatomy.embedding if anatomy.embedding is not None else anatomy.stages[-1].tap

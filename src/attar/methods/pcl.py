@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from attar.anatomy import Anatomy, Split, Tap
-from attar.anatomy.branches import Branch, BranchNetwork, make_branches, same_tensors
+from attar.anatomy.branches import Branch, BranchNetwork, embedding_taps, make_branches, same_tensors
 from attar.errors import AttarError
 from attar.functional import kl_divergence, sigmoid_ramp
 from attar.method import Batch, Method, Outputs, Probe
@@ -152,8 +152,7 @@ class PCL(Method):
 
     def taps(self, anatomy: Anatomy) -> Sequence[Tap]:
         """The student's embedding and what it shares with the branches."""
-        embedding = anatomy.embedding if anatomy.embedding is not None else anatomy.stages[-1].tap
-        return [embedding, *(tap for tap in self._split[0].carried if tap is not None)]
+        return [*embedding_taps(anatomy), *(tap for tap in self._split[0].carried if tap is not None)]
 
     def losses(self, outputs: Outputs, batch: Batch, progress: Tensor) -> dict[str, Tensor]:
         """Return `ce_branches`, `ce_ensemble`, `kl_ensemble` and `kl_mean`; first bring the averages up to date."""
