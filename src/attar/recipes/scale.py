@@ -66,6 +66,8 @@ def small(recipe: Recipe) -> Recipe:
 
 def _reduced(spec: TrainSpec, epochs: int) -> TrainSpec:
     model, options, size = _relative(spec.model)
+    if "cheap" in spec.model_options:
+        options["cheap"] = "A2B2"  # what so few channels can be divided into
     return spec.model_copy(
         update={
             "model": model,
