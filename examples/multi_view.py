@@ -18,7 +18,7 @@ import re
 import statistics
 import sys
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from functools import partial
@@ -185,20 +185,21 @@ def accuracies(network: nn.Module, samples: MultiViewSamples) -> dict[str, float
     return {"single_view": right[single].mean().item(), "multi_view": right[~single].mean().item()}
 
 
-def run(seeds: int, setting: Setting, folder: Path, jobs: int, console: Console) -> dict[str, Scores]:
+def run(seeds: Sequence[int], setting: Setting, folder: Path, jobs: int, console: Console) -> dict[str, Scores]:
     """Train whatever is missing, `jobs` networks at a time, and measure everything; by seed."""
     stop = threading.Event()
     ways = setting.members + 2 * setting.pairs + setting.students * len(setting.temperatures)
     columns = (TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn(), TimeRemainingColumn())
     with Progress(*columns, console=console, disable=not console.is_terminal) as progress:
-        task = progress.add_task(f"{seeds * ways} networks", total=seeds * ways * setting.steps)
+        total = len(seeds) * ways
+        task = progress.add_task(f"{total} networks", total=total * setting.steps)
 
         def tick(steps: int) -> None:
             if stop.is_set():
                 raise KeyboardInterrupt
             progress.advance(task, steps)
 
-        experiments = [Experiment(seed, setting, folder, tick) for seed in range(seeds)]
+        experiments = [Experiment(seed, setting, folder, tick) for seed in seeds]
         # One thread a network: a result does not depend on how many train at a time.
         torch.set_num_threads(1)
         results = {}
@@ -427,7 +428,7 @@ def main(words: list[str] | None = None) -> int:
         else:
             setting = Setting(steps=arguments.steps)
             same_setting(folder, asdict(setting))
-            results = run(arguments.seeds, setting, folder, arguments.jobs, console)
+            results = run(range(arguments.seeds), setting, folder, arguments.jobs, console)
             rows = summary(results)
             table = table_of(rows)
             write_json(folder / "result.json", {"setting": asdict(setting), "summary": rows, "seeds": results})
