@@ -269,10 +269,10 @@ def plot(results: dict[str, Scores], path: Path) -> None:
     axes.set_yticks(range(len(rows)), list(rows))
     axes.invert_yaxis()
     axes.set_xlabel("test accuracy")
-    axes.set_title("Multi-view data: networks (a colour a seed) on samples that show one view", fontsize=10)
+    axes.set_title("Networks (a colour a seed) on samples that show one view", fontsize=10)
     axes.grid(axis="x", alpha=0.3)
     handles, labels = axes.get_legend_handles_labels()
-    axes.legend(handles[:2], labels[:2], loc="lower left", fontsize=8)
+    axes.legend(handles[:2], labels[:2], loc="lower left", fontsize=8, markerscale=0.5)
     figure.savefig(path, dpi=150)
 
 
