@@ -201,3 +201,7 @@ class TestOfAnotherKindByLinear(MethodContract):
 
     def student(self) -> nn.Module:
         return HandWritten(self.num_classes)
+
+    @pytest.mark.slow  # the solver is a long graph
+    def test_compiled_step_equals_eager(self) -> None:
+        super().test_compiled_step_equals_eager()

@@ -63,8 +63,6 @@ class KDCL(Method):
     """
 
     needs = frozenset({"labels"})
-    # The student sees the first view alone.
-    breaks = frozenset({"views"})
 
     def __init__(
         self,
@@ -88,6 +86,9 @@ class KDCL(Method):
             raise AttarError(f"KDCL's target is 'minlogit', 'linear' or 'naive', not '{target}'.")
         self.peers = Peers(peers, "KDCL")
         self.views = 1 + len(self.peers)
+        if self.views > 1:
+            # It gives all views but the first away, and cannot share them with a method that does so too.
+            self.needs, self.breaks = frozenset({"labels", "views"}), frozenset({"views"})
         self.temperature = temperature
         self.weight = weight
         self.target: CollaborativeTarget = target
