@@ -115,7 +115,8 @@ class MultiView:
         normal = torch.randn(self.dim, 2 * self.classes, generator=self._generator(_FEATURES), dtype=torch.float64)
         q, r = torch.linalg.qr(normal)
         # With the signs of R's diagonal in it Q is uniform over all orthonormal sets.
-        return (q * r.diagonal().sign()).T.float().contiguous()
+        features: Tensor = (q * r.diagonal().sign()).T.float().contiguous()
+        return features
 
     def sample(self, count: int, single_view: float, seed: int) -> MultiViewSamples:
         """Draw samples.
