@@ -50,8 +50,8 @@ def test_public_surface_does_not_grow_by_accident() -> None:
         "check",
     ]
     assert attar.__all__ == [
-        *("AttarError", "Batch", "Classification", "Distiller", "Method", "Normalization", "Outputs", "Probe"),
-        *("Teacher", "Terms", "functional", "methods", "testing", "zoo"),
+        *("AttarError", "Batch", "Classification", "Distiller", "Method", "Normalization", "Outputs", "Phase"),
+        *("Probe", "Teacher", "Terms", "functional", "lab", "methods", "testing", "zoo"),
     ]
 
 

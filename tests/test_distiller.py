@@ -86,6 +86,16 @@ def test_impossible_pairs_are_refused_with_the_reason() -> None:
     with pytest.raises(AttarError, match="TwoTargets and Supervised cannot be combined, since both set the targets"):
         make(TwoTargets(), Supervised(label_smoothing=0.1))
 
+    class GivesViewsAway(Probing):
+        views = 2
+        breaks = frozenset({"views"})
+
+    class NeedsViews(Probing):
+        views = 2
+
+    with pytest.raises(AttarError, match="NeedsViews needs views, which GivesViewsAway as configured takes away"):
+        make(GivesViewsAway(), NeedsViews())
+
 
 def test_views_are_demanded() -> None:
     class TwoViews(Probing):

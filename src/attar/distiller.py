@@ -422,7 +422,8 @@ def refuse_impossible(methods: Sequence[Method]) -> None:
             claimed[resource] = (method, reason)
     for method in methods:
         for other in methods:
-            missing = method.needs & other.breaks
+            needed = method.needs | ({"views"} if method.views > 1 else set())
+            missing = needed & other.breaks
             if missing and other is not method:
                 raise AttarError(
                     f"{method.name} needs {', '.join(sorted(missing))}, which {other.name} as configured takes away: "
