@@ -6,6 +6,10 @@ import io
 import json
 import multiprocessing
 import os
+import signal
+import socket
+import sys
+import time
 from collections.abc import Callable
 from multiprocessing.context import ForkServerProcess
 from pathlib import Path
@@ -15,8 +19,9 @@ import torch
 from rich.console import Console
 
 from attar.compare.runner import Cell, train_all
+from attar.errors import AttarError
 from attar.spec import TrainSpec, parse
-from attar.train import fit
+from attar.train import Interrupted, fit
 
 # Children that are killed, and pairs of ranks, start from a server that has imported everything already.
 CHILDREN = multiprocessing.get_context("forkserver")
@@ -80,3 +85,90 @@ def train_in_child(spec: TrainSpec, folder: Path) -> None:
     except KeyboardInterrupt as stopped:
         (folder / "said.txt").write_text(str(stopped))
         os._exit(130)
+
+
+def history(folder: Path) -> list[dict[str, Any]]:
+    """Return every line of a run's history without what was timed."""
+    rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    return [{name: value for name, value in row.items() if name != "images_per_second"} for row in rows]
+
+
+def assert_same_run(folder: Path, reference: Path) -> None:
+    """Weights to the last bit, every line of the history, the measured numbers."""
+    assert (folder / "student/model.safetensors").read_bytes() == (reference / "student/model.safetensors").read_bytes()
+    assert history(folder) == history(reference)
+    one, other = (json.loads((path / "result.json").read_text()) for path in (folder, reference))
+    for timed in ("training_seconds", "images_per_second", "peak_memory_bytes"):
+        one.pop(timed), other.pop(timed)
+    assert one == other
+
+
+def kill_after_lines(spec: TrainSpec, folder: Path, count: int, delay: float) -> bool:
+    """Start the run, kill it once its history has `count` lines; return whether it was killed before its end."""
+    child = in_child(train_in_child, spec, folder)
+    path = folder / "metrics.jsonl"
+    limit = time.monotonic() + 120
+    while child.is_alive() and time.monotonic() < limit:
+        if path.exists() and path.read_bytes().count(b"\n") >= count:
+            time.sleep(delay)
+            break
+        time.sleep(0.002)
+    assert time.monotonic() < limit
+    if child.is_alive():
+        assert child.pid is not None
+        os.kill(child.pid, signal.SIGKILL)
+    child.join()
+    return child.exitcode == -signal.SIGKILL
+
+
+def two_ranks(
+    work: Callable[..., None], *arguments: Any, meanwhile: Callable[[list[ForkServerProcess]], None] | None = None
+) -> list[int | None]:
+    """Run `work` in two processes as torchrun would start them; return their exit codes."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    children = [in_child(as_rank, rank, port, work, *arguments) for rank in range(2)]
+    if meanwhile is not None:
+        meanwhile(children)
+    for child in children:
+        child.join(120)
+    codes = [child.exitcode for child in children]
+    for child in children:
+        child.kill()
+    return codes
+
+
+def as_rank(rank: int, port: int, work: Callable[..., None], *arguments: Any) -> None:
+    variables = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": 2, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    os.environ.update({name: str(value) for name, value in variables.items()})
+    torch.set_num_threads(1)
+    work(*arguments)
+
+
+def only_rank_0_writes(folder: Path) -> None:
+    """From here on let every opening for writing, making or renaming below `folder` be an error in other processes."""
+    if os.environ["RANK"] == "0":
+        return
+
+    def watch(event: str, arguments: tuple[Any, ...]) -> None:
+        writes = event in ("os.mkdir", "os.rename", "os.remove", "os.rmdir", "os.truncate")
+        if event == "open" and isinstance(arguments[2], int):
+            writes = bool(arguments[2] & (os.O_WRONLY | os.O_RDWR | os.O_CREAT))
+        if writes and str(folder) in str(arguments[0]):
+            os.write(2, f"rank {os.environ['RANK']}: {event} {arguments}\n".encode())
+            os._exit(77)
+
+    sys.addaudithook(watch)
+
+
+def train_as_rank(spec: TrainSpec, folder: Path, stop_after: int | None) -> None:
+    """What one of several processes does: train, write nothing unless it is the first, say how it went."""
+    only_rank_0_writes(folder)
+    try:
+        fit(spec, folder, console=quiet(), stop_after=stop_after)
+    except Interrupted:
+        os._exit(130)
+    except AttarError as error:
+        (folder.parent / f"said{os.environ['RANK']}.txt").write_text(str(error))
+        os._exit(2)

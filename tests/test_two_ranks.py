@@ -40,6 +40,7 @@ from attar.methods import (
     SLA,
     SPKD,
     SRM,
+    Blockwise,
     FitNet,
     InDistill,
     InformationFlow,
@@ -55,6 +56,8 @@ METHODS: dict[str, Callable[[], Method]] = {
     "BAKE": lambda: BAKE(),
     # The norm over the whole batch is the hint that must be gathered.
     "BYOT": lambda: BYOT(form="journal", hint_last=True, head_norm=False),
+    # Without batch norm there is nothing to remove; the blocks are compared all the same.
+    "Blockwise": lambda: Blockwise(Net().double(), budget=1.0),
     "CSKD": lambda: CSKD(),
     "DDGSD": lambda: DDGSD(),
     "DLB": lambda: DLB(),

@@ -35,6 +35,7 @@ from attar.methods import (
     SLA,
     SPKD,
     SRM,
+    Blockwise,
     FitNet,
     InDistill,
     InformationFlow,
@@ -62,6 +63,8 @@ METHODS: dict[str, Callable[[int], Method]] = {
     "AT": lambda classes: AT(HandWritten(classes)),
     "BAKE": lambda classes: BAKE(),
     "BYOT": lambda classes: BYOT(),
+    # Half of the multiply-adds is less than the hand-written network has where batch norms decide.
+    "Blockwise": lambda classes: Blockwise(small_teacher(classes), budget=0.8),
     "CSKD": lambda classes: CSKD(),
     "DDGSD": lambda classes: DDGSD(),
     "DLB": lambda classes: DLB(),
@@ -93,8 +96,31 @@ METHODS: dict[str, Callable[[int], Method]] = {
 
 # Where a method does not apply, and why it says so; everywhere else it must work.
 _NO_MAP = "behind a layer norm over channels every position has the same energy"
+_NO_NORM, _GROUPED = "has no batch norm", "groups without being depth-wise"
 REFUSED: dict[tuple[str, str], str] = {
     ("AT", "pvt_v2_b0"): _NO_MAP,
+    ("Blockwise", "seresnext26t_32x4d"): _GROUPED,
+    ("Blockwise", "regnety_002"): _GROUPED,
+    ("Blockwise", "convnext_atto"): _NO_NORM,
+    ("Blockwise", "convnextv2_atto"): _NO_NORM,
+    ("Blockwise", "fastvit_t8"): _GROUPED,
+    ("Blockwise", "edgenext_xx_small"): _NO_NORM,
+    ("Blockwise", "vit_tiny_patch16_224"): _NO_NORM,
+    ("Blockwise", "deit_tiny_patch16_224"): _NO_NORM,
+    ("Blockwise", "swin_tiny_patch4_window7_224"): _NO_NORM,
+    ("Blockwise", "efficientvit_b0"): _GROUPED,
+    ("Blockwise", "poolformer_s12"): _NO_NORM,
+    ("Blockwise", "coat_lite_tiny"): _NO_NORM,
+    ("Blockwise", "pvt_v2_b0"): _NO_NORM,
+    ("Blockwise", "mambaout_femto"): _NO_NORM,
+    ("Blockwise", "nfnet_l0"): _NO_NORM,
+    ("Blockwise", "torchvision:squeezenet1_1"): _NO_NORM,
+    ("Blockwise", "torchvision:convnext_tiny"): _NO_NORM,
+    ("Blockwise", "torchvision:swin_t"): _NO_NORM,
+    ("Blockwise", "torchvision:vit"): _NO_NORM,
+    ("Blockwise", "inception_next_atto"): "No channels of MetaNeXt can be taken away",
+    ("Blockwise", "tiny_vit_5m_224"): "No channels of TinyVit can be taken away",
+    ("Blockwise", "xcit_nano_12_p16_224"): "A budget of 0.80 of the macs cannot be met",
     ("Moonshine", "pvt_v2_b0"): "no attention map in '.*' of the student",
     ("Moonshine", "torchvision:convnext_tiny"): "no attention map in '.*' of the student",
     ("SAD", "pvt_v2_b0"): _NO_MAP,

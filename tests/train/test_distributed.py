@@ -5,11 +5,9 @@ from __future__ import annotations
 import json
 import os
 import signal
-import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable
 from multiprocessing.context import ForkServerProcess
 from pathlib import Path
 from typing import Any
@@ -20,71 +18,18 @@ import torch
 from attar.data import Normalization, open_source
 from attar.errors import AttarError
 from attar.spec import TrainSpec
-from attar.train import Interrupted, evaluate, evaluate_run, fit
+from attar.train import evaluate, evaluate_run
 from attar.train.distributed import Ranks, join
 from attar.train.models import make_model
-from runs import in_child, lines, quiet, tiny
-
-
-def two_ranks(
-    work: Callable[..., None], *arguments: Any, meanwhile: Callable[[list[ForkServerProcess]], None] | None = None
-) -> list[int | None]:
-    """Run `work` in two processes as torchrun would start them; return their exit codes."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    children = [in_child(as_rank, rank, port, work, *arguments) for rank in range(2)]
-    if meanwhile is not None:
-        meanwhile(children)
-    for child in children:
-        child.join(120)
-    codes = [child.exitcode for child in children]
-    for child in children:
-        child.kill()
-    return codes
-
-
-def as_rank(rank: int, port: int, work: Callable[..., None], *arguments: Any) -> None:
-    variables = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": 2, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
-    os.environ.update({name: str(value) for name, value in variables.items()})
-    torch.set_num_threads(1)
-    work(*arguments)
-
-
-def only_rank_0_writes(folder: Path) -> None:
-    """From here on let every opening for writing, making or renaming below `folder` be an error in other processes."""
-    if os.environ["RANK"] == "0":
-        return
-
-    def watch(event: str, arguments: tuple[Any, ...]) -> None:
-        writes = event in ("os.mkdir", "os.rename", "os.remove", "os.rmdir", "os.truncate")
-        if event == "open" and isinstance(arguments[2], int):
-            writes = bool(arguments[2] & (os.O_WRONLY | os.O_RDWR | os.O_CREAT))
-        if writes and str(folder) in str(arguments[0]):
-            os.write(2, f"rank {os.environ['RANK']}: {event} {arguments}\n".encode())
-            os._exit(77)
-
-    sys.addaudithook(watch)
-
-
-def train(spec: TrainSpec, folder: Path, stop_after: int | None) -> None:
-    only_rank_0_writes(folder)
-    try:
-        fit(spec, folder, console=quiet(), stop_after=stop_after)
-    except Interrupted:
-        os._exit(130)
-    except AttarError as error:
-        (folder.parent / f"said{os.environ['RANK']}.txt").write_text(str(error))
-        os._exit(2)
-
+from runs import lines, tiny, train_as_rank, two_ranks
 
 SPEC: dict[str, Any] = {"log_every": 2, "train_limit": 200, "keep_last": True, "ema": 0.9}
 
 
 def test_one_on_two_ranks_ends_resumes_and_only_rank_0_writes(tmp_path: Path) -> None:
     spec = tiny("ONE", **SPEC)
-    assert two_ranks(train, spec, tmp_path / "whole", None) == [0, 0]
-    assert two_ranks(train, spec, tmp_path / "run", 3) == [130, 130]
+    assert two_ranks(train_as_rank, spec, tmp_path / "whole", None) == [0, 0]
+    assert two_ranks(train_as_rank, spec, tmp_path / "run", 3) == [130, 130]
     # Processes stop at a line of the log, after 4 steps.
     saved = [path.name for path in (tmp_path / "run/checkpoints").iterdir()]
     assert saved == ["step_00000004.pt"]
@@ -93,12 +38,12 @@ def test_one_on_two_ranks_ends_resumes_and_only_rank_0_writes(tmp_path: Path) ->
     program.write_text(
         "import sys, torch; from pathlib import Path\n"
         "from attar.spec import TrainSpec; from attar.train import fit\n"
-        "from test_distributed import only_rank_0_writes\n"
+        "from runs import only_rank_0_writes\n"
         "torch.set_num_threads(1); only_rank_0_writes(Path(sys.argv[1]))\n"
         "fit(TrainSpec.load(Path(sys.argv[1]) / 'spec.json'), sys.argv[1])\n"
     )
     words = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", str(program), str(tmp_path / "run")]
-    path = os.pathsep.join([*sys.path, str(Path(__file__).parent)])
+    path = os.pathsep.join([*sys.path, str(Path(__file__).parents[1])])
     environment = {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1"}
     done = subprocess.run([sys.executable, *words], env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
@@ -169,7 +114,7 @@ def test_a_process_without_images(tmp_path: Path) -> None:
     ],
 )
 def test_a_mistake_is_said_by_all_and_hangs_none(fields: dict[str, Any], said: str, tmp_path: Path) -> None:
-    assert two_ranks(train, tiny(**fields), tmp_path / "run", None) == [2, 2]
+    assert two_ranks(train_as_rank, tiny(**fields), tmp_path / "run", None) == [2, 2]
     for rank in (0, 1):
         assert said in (tmp_path / f"said{rank}.txt").read_text()
     assert not (tmp_path / "run").exists()
@@ -182,7 +127,7 @@ def full_disk(spec: TrainSpec, folder: Path) -> None:
         raise AttarError("No space is left.")
 
     Checkpoints.save = save  # type: ignore[method-assign]
-    train(spec, folder, None)
+    train_as_rank(spec, folder, None)
 
 
 def test_what_fails_in_the_first_process_stops_all(tmp_path: Path) -> None:
@@ -199,7 +144,7 @@ def test_a_killed_process_does_not_hang_the_other(tmp_path: Path) -> None:
             time.sleep(0.01)
         children[1].kill()
 
-    assert two_ranks(train, spec, tmp_path / "run", None, meanwhile=once_training) == [2, -signal.SIGKILL]
+    assert two_ranks(train_as_rank, spec, tmp_path / "run", None, meanwhile=once_training) == [2, -signal.SIGKILL]
     assert "Another process of this run has failed" in (tmp_path / "said0.txt").read_text()
 
 

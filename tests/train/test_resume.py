@@ -19,42 +19,7 @@ from attar.method import Method
 from attar.methods import available, find
 from attar.spec import TrainSpec, method_options, teacher_options
 from attar.train import Interrupted, fit
-from runs import in_child, lines, quiet, tiny, train_in_child
-
-TIMINGS = {"images_per_second"}
-
-
-def history(folder: Path) -> list[dict[str, Any]]:
-    rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    return [{name: value for name, value in row.items() if name not in TIMINGS} for row in rows]
-
-
-def assert_same_run(folder: Path, reference: Path) -> None:
-    """Weights to the last bit, every line of the history, the measured numbers."""
-    assert (folder / "student/model.safetensors").read_bytes() == (reference / "student/model.safetensors").read_bytes()
-    assert history(folder) == history(reference)
-    one, other = (json.loads((path / "result.json").read_text()) for path in (folder, reference))
-    for timed in ("training_seconds", "images_per_second", "peak_memory_bytes"):
-        one.pop(timed), other.pop(timed)
-    assert one == other
-
-
-def kill_after_lines(spec: TrainSpec, folder: Path, count: int, delay: float) -> bool:
-    """Start the run, kill it once its history has `count` lines; return whether it was killed before its end."""
-    child = in_child(train_in_child, spec, folder)
-    path = folder / "metrics.jsonl"
-    limit = time.monotonic() + 120
-    while child.is_alive() and time.monotonic() < limit:
-        if path.exists() and path.read_bytes().count(b"\n") >= count:
-            time.sleep(delay)
-            break
-        time.sleep(0.002)
-    assert time.monotonic() < limit
-    if child.is_alive():
-        assert child.pid is not None
-        os.kill(child.pid, signal.SIGKILL)
-    child.join()
-    return child.exitcode == -signal.SIGKILL
+from runs import assert_same_run, in_child, kill_after_lines, lines, quiet, tiny, train_in_child
 
 
 @pytest.mark.parametrize("method", ["Supervised", "KD", "ONE"])

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from attar.anatomy.surgery import Kept, is_depthwise, slice_
+from attar.anatomy.surgery import is_depthwise, slice_
 from attar.errors import AttarError
 
 __all__ = ["Gate", "Group", "Layer", "Member", "Resource", "Structure", "channel_groups"]
@@ -351,16 +351,11 @@ def _followers(graph: Any, network: nn.Module) -> dict[str, str]:
 def _proved(structure: Structure, network: nn.Module, images: Tensor) -> bool:
     """Whether switching off every second channel gives what removing it gives."""
     staying = [range(0, group.channels, 2) for group in structure.groups]
-    masked = structure.mask_(copy.deepcopy(network), staying)
     try:
-        removed = _sliced(structure, network, staying)
+        masked = structure.mask_(copy.deepcopy(network), staying)
+        removed = slice_(copy.deepcopy(network), structure.kept(staying))
         with torch.no_grad():
             expected, found = masked(images), removed(images)
-    except Exception:  # shapes that do not fit fail in many ways
+    except Exception:  # places and shapes that do not fit fail in many ways
         return False
     return bool(torch.allclose(found, expected, rtol=1e-8, atol=1e-10 * float(expected.abs().max())))
-
-
-def _sliced(structure: Structure, network: nn.Module, staying: Sequence[Collection[int]]) -> nn.Module:
-    kept: Kept = structure.kept(staying)
-    return slice_(copy.deepcopy(network), kept)

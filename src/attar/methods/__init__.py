@@ -3,6 +3,7 @@
 from attar.method import Method
 from attar.methods.at import AT
 from attar.methods.bake import BAKE
+from attar.methods.blockwise import Blockwise
 from attar.methods.byot import BYOT
 from attar.methods.cs_kd import CSKD
 from attar.methods.ddgsd import DDGSD
@@ -54,6 +55,7 @@ __all__ = [
     "SLA",
     "SPKD",
     "SRM",
+    "Blockwise",
     "FitNet",
     "InDistill",
     "InformationFlow",

@@ -10,6 +10,7 @@ from attar.errors import unknown_name
 from attar.recipes import (
     at,
     bake,
+    blockwise,
     byot,
     cs_kd,
     ddgsd,
@@ -47,6 +48,7 @@ __all__ = ["RecipeLine", "available", "find", "methods_without_recipe", "recipe_
 _MODULES = (
     at,
     bake,
+    blockwise,
     byot,
     cs_kd,
     ddgsd,
