@@ -14,7 +14,7 @@ from attar.errors import AttarError
 from attar.spec import TrainSpec
 from attar.teacher import Teacher
 from attar.train import Interrupted, build, fit
-from runs import lines, quiet, tiny
+from runs import lines, quiet, tiny, train_as_rank, two_ranks
 
 # Every epoch of the run: what is learnt in it, in which phase.
 SHORT = {"train_limit": 160, "epochs": 5, "log_every": 1, "model_options": {"width": 0.125}}
@@ -87,6 +87,23 @@ def test_what_is_said_while_it_trains(tmp_path: Path, one_run: tuple[Path, Train
     assert "epoch 1/3 (dictionary)  loss" in said
     assert "epoch 2/3 (initialisation)  loss" in said
     assert "epoch 3/3  loss" in said
+
+
+def test_phases_on_two_ranks(tmp_path: Path, one_run: tuple[Path, TrainSpec, dict[str, Any]]) -> None:
+    """Parameters that take no part in a phase hang no process, and a stop between two phases leaves no trace."""
+    short = {"train_limit": 160, "log_every": 1}
+    teacher = {"teachers": [str(one_run[0])]}
+    methods = [{"name": name, "options": teacher} for name in ("InDistill", "SRM")]
+    options = {"width": 0.125}
+    spec = tiny(*methods, epochs=6, model_options=options, **short)
+    assert two_ranks(train_as_rank, spec, tmp_path / "whole", None) == [0, 0]
+    assert two_ranks(train_as_rank, spec, tmp_path / "run", 15) == [130, 130]
+    assert two_ranks(train_as_rank, spec, tmp_path / "run", None) == [0, 0]
+    told = [(line.get("phase"), line["losses"]) for line in lines(tmp_path / "whole", "epoch")]
+    assert [phase for phase, _ in told] == ["layer 1", "layer 2", "layer 3", "dictionary", "initialisation", None]
+    assert told == [(line.get("phase"), line["losses"]) for line in lines(tmp_path / "run", "epoch")]
+    weights = [(tmp_path / name / "student/model.safetensors").read_bytes() for name in ("run", "whole")]
+    assert weights[0] == weights[1]
 
 
 def test_a_run_too_short_for_its_phases_is_refused(
