@@ -120,6 +120,8 @@ REFUSED: dict[tuple[str, str], str] = {
     ("Blockwise", "torchvision:vit"): _NO_NORM,
     ("Blockwise", "inception_next_atto"): "No channels of MetaNeXt can be taken away",
     ("Blockwise", "tiny_vit_5m_224"): "No channels of TinyVit can be taken away",
+    ("Blockwise", "levit_128s"): "No channels of LevitDistilled can be taken away",
+    ("Blockwise", "torchvision:shufflenet_v2_x0_5"): "cannot follow the channels of ShuffleNetV2",
     ("Blockwise", "xcit_nano_12_p16_224"): "A budget of 0.80 of the macs cannot be met",
     ("Moonshine", "pvt_v2_b0"): "no attention map in '.*' of the student",
     ("Moonshine", "torchvision:convnext_tiny"): "no attention map in '.*' of the student",

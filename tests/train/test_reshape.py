@@ -11,6 +11,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from attar.cli.training import loading
 from attar.errors import AttarError
 from attar.spec import TrainSpec
 from attar.train import Interrupted, evaluate_run, fit, load_student, load_teacher
@@ -67,6 +68,8 @@ def test_the_saved_student_is_small_and_gives_the_same_numbers(
     assert "Blockwise.ce" in epochs[0]["losses"]
     assert "Blockwise.block.layer3" in epochs[1]["losses"]
     assert result["exportable"]
+    assert "attar.train.load_student" in loading("cifar_resnet20", folder)
+    assert "timm.create_model" in loading("cifar_resnet20", trained)
     assert "kept" not in json.loads((trained / "student/config.json").read_text())["attar"]
 
 

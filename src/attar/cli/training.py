@@ -102,7 +102,11 @@ def _show_result(result: dict[str, Any], folder: Path, console: Console) -> None
 
 def loading(model: str, folder: Path) -> str:
     """Return the Python lines that load the student of a run, without attar where the model is not attar's own."""
-    if model.startswith("torchvision:"):
+    from attar.train.files import read_json
+
+    # timm would make the model at its original widths.
+    narrowed = "kept" in read_json(folder / "student" / "config.json")["attar"]
+    if narrowed or model.startswith("torchvision:"):
         return f'import attar.train\nstudent = attar.train.load_student("{folder}").network'
     imports = "import timm, attar.zoo" if model.startswith("cifar_") else "import timm"
     return f'{imports}\nstudent = timm.create_model("local-dir:{folder / "student"}", pretrained=True)'
