@@ -36,11 +36,13 @@ from attar.methods import (
     SPKD,
     SRM,
     Blockwise,
+    Codistillation,
     FitNet,
     InDistill,
     InformationFlow,
     Moonshine,
     OKDDip,
+    OnlineEnsemble,
     Supervised,
     TfKD,
 )
@@ -66,6 +68,7 @@ METHODS: dict[str, Callable[[int], Method]] = {
     # Half of the multiply-adds is less than the hand-written network has where batch norms decide.
     "Blockwise": lambda classes: Blockwise(small_teacher(classes), budget=0.8),
     "CSKD": lambda classes: CSKD(),
+    "Codistillation": lambda classes: Codistillation(),
     "DDGSD": lambda classes: DDGSD(),
     "DLB": lambda classes: DLB(),
     "DML": lambda classes: DML(),
@@ -79,6 +82,7 @@ METHODS: dict[str, Callable[[int], Method]] = {
     "Moonshine": lambda classes: Moonshine(small_teacher(classes)),
     "OKDDip": lambda classes: OKDDip(branches=3),
     "ONE": lambda classes: ONE(branches=2),
+    "OnlineEnsemble": lambda classes: OnlineEnsemble(students=2),
     "OSAKD": lambda classes: OSAKD(k=2),
     "OSKD": lambda classes: OSKD(),
     "PCL": lambda classes: PCL(branches=2),
@@ -171,16 +175,19 @@ def contract(
     return Contract
 
 
-# The default run has ONE, which cuts the student, on every common network, and the other methods on three of them,
-# compiled on one. All methods on all networks, compiled on all common ones, are slow.
-DEFAULT = {"hand-written", "cifar_resnet20", "vit_tiny_patch16_224"}
+# The default run has ONE, which cuts the student, on every common network, and the other methods on two of them,
+# compiled on one; those that read or make maps by the form of the network also on a ViT. All methods on all networks,
+# compiled on all common ones, are slow.
+DEFAULT = {"hand-written", "cifar_resnet20"}
+ON_TOKENS = {"AT", "BYOT", "FRSKD", "KD", "OKDDip", "SAD", "SCD"}
 
 for _name, _make in METHODS.items():
     for _architecture in ARCHITECTURES:
         if (_name, _architecture.name) in REFUSED:
             _class = refusal(_name, _make, _architecture)
         else:
-            _default = _architecture.common and (_name == "ONE" or _architecture.name in DEFAULT)
+            _tokens = _name in ON_TOKENS and _architecture.name == "vit_tiny_patch16_224"
+            _default = _architecture.common and (_name == "ONE" or _architecture.name in DEFAULT or _tokens)
             _compiled = _name == "ONE" or _architecture.name == "hand-written"
             _class = contract(_name, _make, _architecture, _default, _compiled)
         globals()[_class.__name__] = _class

@@ -27,6 +27,17 @@ RUNNABLE = [name for name in recipes.available() if not recipes.missing_methods(
 JOBS = 2
 
 
+def one_of_each_module() -> list[Any]:
+    """Mark all recipes slow but the first of every module, which stands for what its others share with it."""
+    modules: set[str] = set()
+    marked = []
+    for name in RUNNABLE:
+        module = recipes.available()[name].__module__
+        marked.append(pytest.param(name, marks=[pytest.mark.slow] if module in modules else []))
+        modules.add(module)
+    return marked
+
+
 def screen() -> Console:
     return Console(file=io.StringIO(), width=250)
 
@@ -41,7 +52,7 @@ def results(answer: recipes.Reproduction, label: str) -> list[dict[str, Any]]:
     return [json.loads((folder / "result.json").read_text()) for folder in answer.folders[label]]
 
 
-@pytest.mark.parametrize("name", RUNNABLE)
+@pytest.mark.parametrize("name", one_of_each_module())
 def test_every_recipe_runs_at_small_scale(name, shared):
     recipe, console = recipes.find(name), screen()
     answer = recipes.reproduce(recipe, scale="small", out=shared, jobs=JOBS, console=console)
