@@ -234,6 +234,15 @@ def test_check_refuses(capsys: pytest.CaptureFixture[str], words: list[str], sen
     assert refused(capsys, "check", *words).startswith(sentence)
 
 
+def test_one_teacher_for_all_methods_that_take_one() -> None:
+    """The shared option reaches those that are not given their own; --student is --model."""
+    words = ["InDistill+KD+ONE", "--student", "cifar_resnet20", "--data", "digits", "--teacher", "shared"]
+    spec, _ = read_run(Parser("attar train", ""), [*words, "--KD.teachers", "own"], None)
+    assert spec.model == "cifar_resnet20"
+    given = {method.name: method.options.get("teachers") for method in spec.methods}
+    assert given == {"InDistill": ["shared"], "KD": ["own"], "ONE": None}
+
+
 TINY = ["--model", "cifar_resnet20", "--model-options", "width=0.5", "--data", "digits", "--train-limit", "64"]
 
 
@@ -252,6 +261,8 @@ TINY = ["--model", "cifar_resnet20", "--model-options", "width=0.5", "--data", "
         (["plain", *TINY, "--data", "parquet:nowhere"], ""),
         (["plain", *TINY, "--weights", "nowhere.safetensors"], "There is no weights file 'nowhere.safetensors'"),
         (["KD", *TINY, "--KD.teachers", "nowhere"], "There is no teacher 'nowhere'"),
+        (["KD", *TINY, "--teacher", "nowhere"], "There is no teacher 'nowhere'"),
+        (["ONE", *TINY, "--teacher", "nowhere"], "There is no option '--teacher'"),
         (["plain", *TINY, "--out", "a_file"], "'a_file' is a file"),
         (["plain", *TINY, "--out", "a_file/below"], "'a_file"),
         (["plain", *TINY, "--out", "others"], "'others' is not empty and holds no run"),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
+from argparse import SUPPRESS
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -60,10 +61,12 @@ def read_run(
     parser: Parser, words: list[str], only: Sequence[str] | None, **fixed: Any
 ) -> tuple[TrainSpec, dict[str, Any]]:
     """Read a run's spec and the command's own options from words that begin with the methods."""
-    from attar.spec import TrainSpec, method_options, parse
+    from attar.spec import TrainSpec, method_options, parse, teacher_options
 
     fields = [name for name in TrainSpec.model_fields if name != "methods" and (only is None or name in only)]
     parser.add_fields("the run", TrainSpec, only=fields)
+    if "model" in fields:
+        parser.add_argument("--student", dest="model", default=SUPPRESS, metavar="TEXT", help="the same as --model")
     if not words or words[0] in ("-h", "--help"):
         parser.epilog = "METHOD is one of `attar methods`, several joined by +, or plain for no method at all.\n"
         parser.epilog += f"{parser.prog} METHOD --help tells the options of the method too."
@@ -78,9 +81,21 @@ def read_run(
 
         prefix = f"{kind.__name__}."
         parser.add_fields(f"{kind.__name__}", options[kind], prefix=prefix, texts=card(kind).arguments)
+    taught = [kind for kind in kinds if "teachers" in teacher_options(kind)]
+    if taught:
+        parser.add_argument(
+            *("--teacher", "--teachers"),
+            dest="teachers",
+            nargs="+",
+            default=[],
+            metavar="TEXT",
+            help="teachers of every method that has some: folders of finished runs, or MODEL=FILE",
+        )
     given = parser.read(words[1:])
     chosen = []
     for kind in kinds:
+        if kind in taught and given["teachers"]:
+            given.setdefault(f"{kind.__name__}.teachers", given["teachers"])
         try:
             values = parse(options[kind], values_of(given, options[kind], f"{kind.__name__}."))
         except AttarError as error:
