@@ -65,7 +65,13 @@ class MethodContract:
     def distiller(self) -> Distiller:
         """Return a built distiller in training mode, the same at every call."""
         torch.manual_seed(0)
-        distiller = Distiller(self.student(), [self.method()], Classification(self.num_classes))
+        student = self.student()
+        with torch.no_grad():
+            for parameter in student.parameters():
+                # A classifier that starts at zero answers all images alike: there is nothing to distil yet.
+                if parameter.ndim > 1 and not parameter.any():
+                    parameter.normal_(std=0.02)
+        distiller = Distiller(student, [self.method()], Classification(self.num_classes))
         return distiller.build(self.batch().images, 2 * self.batch_size).train()
 
     @staticmethod
