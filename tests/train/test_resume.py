@@ -57,6 +57,28 @@ def kill_after_lines(spec: TrainSpec, folder: Path, count: int, delay: float) ->
     return child.exitcode == -signal.SIGKILL
 
 
+def options_of(method: str, teacher: Path) -> dict[str, Any]:
+    """What a method cannot do without, and what makes it remember or draw most."""
+    options: dict[str, dict[str, Any]] = {"KD": {"teachers": [str(teacher)]}, "OSKD": {"sampler": "balanced"}}
+    return options.get(method, {})
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("method", sorted(available()))
+def test_sigkill_at_a_random_moment_every_method_ends_bit_identical(
+    method: str, tmp_path: Path, one_run: tuple[Path, TrainSpec, dict[str, Any]]
+) -> None:
+    chosen = {"name": method, "options": options_of(method, one_run[0])}
+    fields: dict[str, Any] = {"train_limit": 160, "log_every": 1}
+    fit(tiny(chosen, **fields), tmp_path / "whole", console=quiet())
+    draw = random.Random(method)
+    count = draw.randrange(2, len(lines(tmp_path / "whole", "step")) + 1)
+    spec = tiny(chosen, **fields, checkpoint_seconds=0.0)
+    assert kill_after_lines(spec, tmp_path / "killed", count, draw.random() * 0.05)
+    fit(spec, tmp_path / "killed", console=quiet())
+    assert_same_run(tmp_path / "killed", tmp_path / "whole")
+
+
 @pytest.mark.parametrize("method", ["Supervised", "KD", "ONE"])
 def test_sigkill_at_random_moments_ends_bit_identical(
     method: str, tmp_path: Path, one_run: tuple[Path, TrainSpec, dict[str, Any]]
@@ -86,8 +108,7 @@ def test_stopped_inside_an_epoch_every_method_ends_bit_identical(
     method: str, tmp_path: Path, one_run: tuple[Path, TrainSpec, dict[str, Any]]
 ) -> None:
     """Samplers, memories of samples and of the last step, schedules: all of it goes on where it stopped."""
-    options = {"KD": {"teachers": [str(one_run[0])]}, "OSKD": {"sampler": "balanced"}}.get(method, {})
-    spec = tiny({"name": method, "options": options}, train_limit=160, log_every=1)
+    spec = tiny({"name": method, "options": options_of(method, one_run[0])}, train_limit=160, log_every=1)
     fit(spec, tmp_path / "whole", console=quiet())
     with pytest.raises(Interrupted):
         fit(spec, tmp_path / "stopped", console=quiet(), stop_after=len(lines(tmp_path / "whole", "step")) // 2 + 1)
