@@ -323,9 +323,10 @@ def frskd(hyper: dict[str, Any], t: Tensors, mode: str) -> None:
 
 
 def selfkd_extras(hyper: dict[str, Any], t: Tensors, mode: str) -> None:
-    """Self-KD-Lib's TF_KD_reg and PS-KD; its DKS belongs to another method."""
+    """Self-KD-Lib's TF_KD_reg, PS-KD and DKS."""
     if hyper["method"] == "dks":
-        pytest.skip("dks: attar has no method for these vectors yet")
+        dks(hyper, t)
+        return
     if hyper["method"] == "pskd":
         ps_kd(hyper, t)
         return
@@ -340,6 +341,26 @@ def selfkd_extras(hyper: dict[str, Any], t: Tensors, mode: str) -> None:
     assert terms.weights == {"task": 1.0, "TfKD.cross_entropy": 1.0}
     assert_golden(term, t["out64.loss"], "loss")
     assert_golden(student.logits.grad, t["grad64.logits"], "gradient of the logits")
+
+
+def dks(hyper: dict[str, Any], t: Tensors) -> None:
+    """The heads' logits are stored, as in the reference run; the last head is the network itself."""
+    logits = leaf(t["in.logits"])
+    heads, samples, classes = logits.shape
+    student = _Levels([torch.zeros(samples, 2, 4, 4, dtype=torch.float64) for _ in range(heads)], logits[-1])
+    method = BYOT(imitate="all", alpha=1.0, ce_weight=1.0, hint_weight=0.0, temperature=hyper["T"])
+    stages = [f"stages.{i}" for i in range(heads)]
+    distiller = attar.Distiller(student, [method], attar.Classification(classes), stages=stages)
+    images = torch.zeros(samples, 1, 4, 4, dtype=torch.float64)
+    distiller.build(images)
+    for head, stored in zip(method.exits, logits[:-1], strict=True):
+        head.register_forward_hook(lambda module, args, output, stored=stored: output._replace(logits=stored))
+    terms = distiller((images, t["in.labels"]), 0.5)
+    terms.total().backward()
+    assert_golden(terms.losses["task"] + terms.losses["BYOT.ce_exits"], t["out64.loss_cls"], "cross-entropies")
+    assert_golden(terms.losses["BYOT.kd"], t["out64.loss_div"], "divergences")
+    assert_golden(terms.total(), t["out64.loss"], "loss")
+    assert_golden(logits.grad, t["grad64.logits"], "gradient of the logits")
 
 
 def ps_kd(hyper: dict[str, Any], t: Tensors) -> None:

@@ -114,7 +114,9 @@ class Outputs:
         """The pooled embedding [N, D] that the classifier reads (the pooled last stage where there is none)."""
         if self.anatomy.embedding is not None:
             return self.values[self.anatomy.embedding]  # type: ignore[no-any-return]
-        return self.stages[-1].mean(dim=(2, 3))
+        # Not `stages`, which a method may not have asked for.
+        deepest: Tensor = self.values[self.anatomy.stages[-1].tap]
+        return deepest.mean(dim=(2, 3))
 
 
 @dataclass(frozen=True)

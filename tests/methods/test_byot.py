@@ -188,6 +188,25 @@ def test_imitation_stops_at_the_deepest_exit(form: str) -> None:
     assert all(g is None for g in ce)
 
 
+def test_all_exits_may_imitate_one_another() -> None:
+    """The deepest exit learns from the shallow ones too, and no exit is trained as a teacher."""
+    synergy, ordinary = built(BYOT(imitate="all")), built(BYOT())
+    ordinary.load_state_dict(synergy.state_dict())
+    deep = {}
+    for name, distiller in (("all", synergy), ("deepest", ordinary)):
+        terms = distiller((IMAGES, LABELS), 0.5)
+        terms.losses["BYOT.kd"].backward()
+        deep[name] = distiller.student.head.weight.grad
+    assert deep["deepest"] is None
+    assert deep["all"].abs().max() > 0
+    logits = [torch.randn(5, 3, dtype=torch.float64, requires_grad=True) for _ in range(3)]
+    method = synergy.methods["BYOT"]
+    both = method._imitation(logits[0], logits[1]) + method._imitation(logits[2], logits[1])
+    both.backward()
+    assert logits[1].grad is None
+    assert logits[0].grad is not None
+
+
 def test_weights_of_the_forms() -> None:
     conference, journal = (built(BYOT(form=f))((IMAGES, LABELS), 0.5).weights for f in ("conference", "journal"))  # type: ignore[arg-type]
     assert conference == {"task": 1.0, "BYOT.ce_exits": 0.9, "BYOT.kd": 0.1, "BYOT.hint": 1.28e-4}

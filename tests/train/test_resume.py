@@ -22,6 +22,29 @@ from attar.train import Interrupted, fit
 from runs import assert_same_run, in_child, kill_after_lines, lines, quiet, tiny, train_in_child
 
 
+def small_run(method: str, teacher: Path, **fields: Any) -> TrainSpec:
+    """A run of a method with what it cannot do without, and with what makes it remember or draw most."""
+    options = method_options(find(method)).model_fields
+    taught = {name: [str(teacher)] for name in teacher_options(find(method)) if options[name].is_required()}
+    chosen = {"name": method, "options": {**taught, **({"sampler": "balanced"} if method == "OSKD" else {})}}
+    epochs = 2 if find(method).phases is Method.phases else 6  # every phase takes one
+    return tiny(chosen, train_limit=160, log_every=1, epochs=epochs, **fields)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("method", sorted(available()))
+def test_sigkill_at_a_random_moment_every_method_ends_bit_identical(
+    method: str, tmp_path: Path, one_run: tuple[Path, TrainSpec, dict[str, Any]]
+) -> None:
+    fit(small_run(method, one_run[0]), tmp_path / "whole", console=quiet())
+    draw = random.Random(method)
+    count = draw.randrange(2, len(lines(tmp_path / "whole", "step")) + 1)
+    spec = small_run(method, one_run[0], checkpoint_seconds=0.0)
+    assert kill_after_lines(spec, tmp_path / "killed", count, draw.random() * 0.05)
+    fit(spec, tmp_path / "killed", console=quiet())
+    assert_same_run(tmp_path / "killed", tmp_path / "whole")
+
+
 @pytest.mark.parametrize("method", ["Supervised", "KD", "ONE"])
 def test_sigkill_at_random_moments_ends_bit_identical(
     method: str, tmp_path: Path, one_run: tuple[Path, TrainSpec, dict[str, Any]]
@@ -51,11 +74,7 @@ def test_stopped_inside_an_epoch_every_method_ends_bit_identical(
     method: str, tmp_path: Path, one_run: tuple[Path, TrainSpec, dict[str, Any]]
 ) -> None:
     """Samplers, memories of samples and of the last step, schedules: all of it goes on where it stopped."""
-    fields = method_options(find(method)).model_fields
-    taught = {name: [str(one_run[0])] for name in teacher_options(find(method)) if fields[name].is_required()}
-    options = {**taught, **({"sampler": "balanced"} if method == "OSKD" else {})}
-    epochs = 2 if find(method).phases is Method.phases else 6  # every phase takes one
-    spec = tiny({"name": method, "options": options}, train_limit=160, log_every=1, epochs=epochs)
+    spec = small_run(method, one_run[0])
     fit(spec, tmp_path / "whole", console=quiet())
     with pytest.raises(Interrupted):
         fit(spec, tmp_path / "stopped", console=quiet(), stop_after=len(lines(tmp_path / "whole", "step")) // 2 + 1)

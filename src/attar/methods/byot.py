@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
@@ -58,7 +59,9 @@ class BYOT(Method):
         journal:    KD_i = cross-entropy of the same, without T^2 (the gradient of KL)
                     HINT_i = || A_i F_i + c_i - stopgrad F_L || over the whole batch, not squared; not for the exit
                     next to the deepest
-    Terms: `ce_exits`, `kd` and `hint`, each summed over the shallow exits.
+        synergy:    sum_i KD_i runs over all ordered pairs of exits i, j != i instead, the deepest one among them:
+                    every exit imitates every other (`imitate="all"`)
+    Terms: `ce_exits`, `kd` and `hint`, each summed over the shallow exits (`kd` with "all": over the pairs).
 
     Shapes: one map [N, C_i, H_i, W_i] per stage, logits [N, K]. Units: nats; the hint in squared feature units
     (journal: feature units). Data: one view, labels, any sampler.
@@ -74,6 +77,8 @@ class BYOT(Method):
         form: "conference", or "journal" for the authors' released code; it sets every option that is not given.
         alpha: share of imitation beside the labels; 0.1 and 0.3.
         temperature: T.
+        imitate: the "deepest" exit, or "all" others (Sun, Yao, Zhou, Zhang, "Deeply-supervised Knowledge Synergy",
+            CVPR 2019; with alpha, ce_weight 1 and hint_weight 0 it is Self-KD-Lib's DKS but for the heads).
         hint_weight: lambda; 1.28e-4 (1e-6 times a sum over 128 images) and 0.03.
         ce_weight: of the shallow cross-entropies; default 1 - alpha.
         task_weight: of the deepest cross-entropy; luanyunteng's code has 1 - alpha.
@@ -107,6 +112,7 @@ class BYOT(Method):
         form: Literal["conference", "journal"] = "conference",
         alpha: float | None = None,
         temperature: float = 3.0,
+        imitate: Literal["deepest", "all"] = "deepest",
         hint_weight: float | None = None,
         ce_weight: float | None = None,
         task_weight: float = 1.0,
@@ -129,6 +135,7 @@ class BYOT(Method):
         _one_of("hint", chosen["hint"], ("squared", "masked-sum", "norm", "map"))
         _one_of("heads", chosen["heads"], ("bottleneck", "attention"))
         _one_of("scope", scope, ("rank", "world"))
+        _one_of("imitate", imitate, ("deepest", "all"))
         if temperature <= 0:
             raise AttarError(f"BYOT's temperature must be positive, not {temperature}.")
         if not 0.0 <= chosen["alpha"] <= 1.0:
@@ -137,6 +144,7 @@ class BYOT(Method):
             raise AttarError("BYOT's linear layer adapts pooled features, not maps: give adapt=False with hint='map'.")
         self.alpha: float = chosen["alpha"]
         self.temperature = temperature
+        self.imitate = imitate
         self.hint_weight: float = chosen["hint_weight"]
         self.ce_weight = 1.0 - self.alpha if ce_weight is None else ce_weight
         self.soft: Soft = chosen["soft"]
@@ -184,7 +192,11 @@ class BYOT(Method):
             exit_(outputs[stage.tap]) for exit_, stage in zip(self.exits, self._stages, strict=True)
         ]
         ce = [outputs.task_loss(answer.logits, batch.targets) for answer in answers]
-        kd = [self._imitation(answer.logits, outputs.logits) for answer in answers]
+        logits = [*(answer.logits for answer in answers), outputs.logits]
+        if self.imitate == "deepest":
+            kd = [self._imitation(own, outputs.logits) for own in logits[:-1]]
+        else:
+            kd = [self._imitation(own, other) for own, other in itertools.permutations(logits, 2)]
         hints = [self._hint(answers[i], i, outputs) for i in self._hinted()]
         return {
             "ce_exits": torch.stack(ce).sum(),
