@@ -101,6 +101,7 @@ METHODS: dict[str, Callable[[int], Method]] = {
 # Where a method does not apply, and why it says so; everywhere else it must work.
 _NO_MAP = "behind a layer norm over channels every position has the same energy"
 _NO_NORM, _GROUPED = "has no batch norm", "groups without being depth-wise"
+_ATTENTION, _NARROW = "contains attention", "since its channels cannot be followed or it does not run with fewer"
 REFUSED: dict[tuple[str, str], str] = {
     ("AT", "pvt_v2_b0"): _NO_MAP,
     ("Blockwise", "seresnext26t_32x4d"): _GROUPED,
@@ -129,6 +130,25 @@ REFUSED: dict[tuple[str, str], str] = {
     ("Blockwise", "xcit_nano_12_p16_224"): "A budget of 0.80 of the macs cannot be met",
     ("Moonshine", "pvt_v2_b0"): "no attention map in '.*' of the student",
     ("Moonshine", "torchvision:convnext_tiny"): "no attention map in '.*' of the student",
+    ("OnlineEnsemble", "ghostnet_050"): _NARROW,
+    ("OnlineEnsemble", "fastvit_t8"): "cannot make 'stages.1' of FastVit behind 'stages.0' narrower",
+    ("OnlineEnsemble", "edgenext_xx_small"): _ATTENTION,
+    ("OnlineEnsemble", "mobilevit_xxs"): _ATTENTION,
+    ("OnlineEnsemble", "mobilevitv2_050"): _ATTENTION,
+    ("OnlineEnsemble", "vit_tiny_patch16_224"): _ATTENTION,
+    ("OnlineEnsemble", "deit_tiny_patch16_224"): _ATTENTION,
+    ("OnlineEnsemble", "swin_tiny_patch4_window7_224"): _ATTENTION,
+    ("OnlineEnsemble", "levit_128s"): _ATTENTION,
+    ("OnlineEnsemble", "efficientformerv2_s0"): _ATTENTION,
+    ("OnlineEnsemble", "efficientvit_b0"): _ATTENTION,
+    ("OnlineEnsemble", "hrnet_w18_small"): "is not made of tensors alone",
+    ("OnlineEnsemble", "poolformer_s12"): _NARROW,
+    ("OnlineEnsemble", "xcit_nano_12_p16_224"): "is not made of tensors alone",
+    ("OnlineEnsemble", "coat_lite_tiny"): _ATTENTION,
+    ("OnlineEnsemble", "pvt_v2_b0"): _ATTENTION,
+    ("OnlineEnsemble", "tiny_vit_5m_224"): _ATTENTION,
+    ("OnlineEnsemble", "torchvision:swin_t"): _ATTENTION,
+    ("OnlineEnsemble", "torchvision:vit"): _ATTENTION,
     ("SAD", "pvt_v2_b0"): _NO_MAP,
     ("SAD", "torchvision:convnext_tiny"): _NO_MAP,
     ("SCD", "pvt_v2_b0"): _NO_MAP,
