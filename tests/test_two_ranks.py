@@ -46,6 +46,7 @@ from attar.methods import (
     InformationFlow,
     Moonshine,
     OKDDip,
+    OnlineEnsemble,
     Supervised,
     TfKD,
 )
@@ -72,6 +73,7 @@ METHODS: dict[str, Callable[[], Method]] = {
     "Moonshine": lambda: Moonshine(Net().double(), alpha=0.5),
     "OKDDip": lambda: OKDDip(branches=3),
     "ONE": lambda: ONE(gate_norm=False),
+    "OnlineEnsemble": lambda: OnlineEnsemble(students=3),
     "OSAKD": lambda: OSAKD(k=2),
     "OSKD": lambda: OSKD(k=1),
     "PKT": lambda: PKT(Net().double(), form="combined", supervised=0.1),

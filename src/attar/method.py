@@ -181,6 +181,12 @@ class Method(nn.Module):
     # What the method cannot do without ("labels"), and what it takes from the others.
     needs: frozenset[str] = frozenset()
     breaks: frozenset[str] = frozenset()
+    # Whether `Teacher.answer` for the batch's images is all that its teachers are asked in a step, so that a run may
+    # remember it.
+    asks_logits_only: bool = False
+    # Whether every process trains a student of its own, so that a run must not average gradients. The student that is
+    # measured and kept is the first process's.
+    own_replica: bool = False
 
     @property
     def name(self) -> str:

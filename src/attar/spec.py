@@ -59,6 +59,12 @@ class TrainSpec(_Spec):
 
     image_size: Annotated[int | None, Field(ge=4, description="Side of the images; default: the data's own.")] = None
     augment: Annotated[str | None, Field(description="Augmentation preset; default: what suits the data.")] = None
+    augment_cycle: Annotated[
+        int | None, Field(ge=1, description="Draw the augmentations of so many epochs, then repeat them.")
+    ] = None
+    cache_teachers: Annotated[
+        bool, Field(description="Ask teachers once about every image and augmentation, and remember what they say.")
+    ] = False
     holdout: Annotated[float, Field(gt=0, lt=1, description="Share of the training data held out for selection.")] = 0.1
     split_seed: Annotated[int, Field(ge=0, description="Seed of the hold-out split; keep it when seeds vary.")] = 0
     skip_bad_images: Annotated[bool, Field(description="Count and skip unreadable images instead of stopping.")] = False

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from attar.errors import AttarError
 
-__all__ = ["Normalization", "Teacher"]
+__all__ = ["Memory", "Normalization", "Teacher"]
 
 
 class Normalization(NamedTuple):
@@ -19,6 +19,13 @@ class Normalization(NamedTuple):
 
     mean: tuple[float, ...]
     std: tuple[float, ...]
+
+
+class Memory(Protocol):
+    """What a teacher has answered before."""
+
+    def read(self, index: Tensor, views: int) -> Tensor:
+        """Return the logits [V*N, K] for the images `index` [V*N], view after view, as they look in this epoch."""
 
 
 class Teacher:
@@ -46,6 +53,7 @@ class Teacher:
         self.normalization = Normalization(*map(tuple, normalization)) if normalization is not None else None
         self.image_size = image_size
         self.name = name
+        self.memory: Memory | None = None
         self._scale: Tensor | None = None
         self._shift: Tensor | None = None
 
@@ -75,6 +83,16 @@ class Teacher:
         if self.image_size is not None and images.shape[-2:] != (self.image_size, self.image_size):
             images = F.interpolate(images, size=(self.image_size, self.image_size), mode="bilinear", antialias=True)
         return self.network(images)  # type: ignore[no-any-return]
+
+    def answer(self, images: Tensor, index: Tensor | None = None, views: int = 1) -> Tensor:
+        """Return the logits [V*N, K] for the images of a batch: from `memory` where a run has given it one.
+
+        Args:
+            images: [V*N, C, H, W], as the data augmentation left them (not mixed, not turned by a method).
+            index: [V*N] sample numbers, as in `Batch.index`.
+            views: V.
+        """
+        return self(images) if self.memory is None or index is None else self.memory.read(index, views)
 
     def apply(self, fn: Callable[..., Any]) -> None:
         """Follow a method to another device or precision."""

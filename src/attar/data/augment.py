@@ -56,6 +56,11 @@ class Augmentation:
     color: float = 0.0
     erase: float = 0.0
 
+    @property
+    def random(self) -> bool:
+        """Whether an image ever looks otherwise than in the epoch before."""
+        return self.crop or self.flip or self.color > 0 or self.erase > 0
+
     def pad(self, size: tuple[int, int]) -> tuple[int, int]:
         """Return the padding (vertical, horizontal) for small images of `size` = (height, width)."""
         return (max(1, size[0] // 8), max(1, size[1] // 8)) if self.crop else (0, 0)

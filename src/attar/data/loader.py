@@ -56,6 +56,7 @@ class Loader:
         world: how many those are.
         views: V, independently augmented versions of each image.
         seed: seed of the augmentation.
+        cycle: after so many epochs the augmentations come again, in another order of the images; None: never.
         workers: processes that decode large images; default: one per processor, at most 8. 0 decodes in this process.
         depth: batches prepared ahead.
 
@@ -75,6 +76,7 @@ class Loader:
         world: int = 1,
         views: int = 1,
         seed: int = 0,
+        cycle: int | None = None,
         workers: int | None = None,
         depth: int = 2,
     ) -> None:
@@ -86,6 +88,7 @@ class Loader:
         self.world = world
         self.views = views
         self.seed = seed
+        self.cycle = cycle
         self.depth = depth
         self.workers = default_workers(world) if workers is None else workers
         self._images = _Images(split, torch.device(device))
@@ -101,12 +104,19 @@ class Loader:
         Raises:
             AttarError: a batch that the ranks cannot share evenly, or a large image that can no longer be read.
         """
-        groups = self.sampler.groups
-        batches = self.sampler.epoch(epoch)[start_step:]
-        parts = [rank_slice(batch, self.rank, self.world, groups) for batch in batches]
+        parts = self._parts(epoch, start_step)
+        drawn = epoch if self.cycle is None else epoch % self.cycle
         if self.split.pixels is None:
-            return self._from_workers(parts, epoch)
-        return prefetch((self._sample(part, epoch) for part in parts), self.depth)
+            return self._from_workers(parts, drawn)
+        return prefetch((self._sample(part, drawn) for part in parts), self.depth)
+
+    def numbers(self, epoch: int, start_step: int = 0) -> list[Indices]:
+        """Return the numbers [N] (`Split.index`) of the images of every step that `epoch` would yield, of one view."""
+        return [self.split.index[part] for part in self._parts(epoch, start_step)]
+
+    def _parts(self, epoch: int, start_step: int) -> list[Indices]:
+        groups = self.sampler.groups
+        return [rank_slice(batch, self.rank, self.world, groups) for batch in self.sampler.epoch(epoch)[start_step:]]
 
     def _sample(self, positions: Indices, epoch: int) -> Sample:
         positions, draws = self._views(positions, epoch)

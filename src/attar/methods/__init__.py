@@ -19,6 +19,7 @@ from attar.methods.meal import MEAL
 from attar.methods.moonshine import Moonshine
 from attar.methods.okddip import OKDDip
 from attar.methods.one import ONE
+from attar.methods.online_ensemble import OnlineEnsemble
 from attar.methods.osakd import OSAKD
 from attar.methods.oskd import OSKD
 from attar.methods.pcl import PCL
@@ -61,6 +62,7 @@ __all__ = [
     "InformationFlow",
     "Moonshine",
     "OKDDip",
+    "OnlineEnsemble",
     "Supervised",
     "TfKD",
     "available",

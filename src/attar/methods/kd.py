@@ -26,7 +26,8 @@ class KD(Method):
 
     Shapes: logits [N, K] of student and teachers. Unit: nats. Data: one view, seen by student and teachers alike.
 
-    Cost: one forward of every teacher per step. Deployed: nothing.
+    Cost: one forward of every teacher per step; with the run's options `augment_cycle` and `cache_teachers` none once
+    every augmentation has been seen. Deployed: nothing.
 
     When it helps: a teacher clearly better than the student, trained without label smoothing. Not when the teacher
     is hardly better, or so large that the student cannot follow.
@@ -44,6 +45,8 @@ class KD(Method):
     Source: Hinton, Vinyals, Dean, "Distilling the Knowledge in a Neural Network", 2015 (arXiv 1503.02531). There is no
     official code; weights follow HobbitLong/RepDistiller.
     """
+
+    asks_logits_only = True
 
     def __init__(
         self,
@@ -84,7 +87,7 @@ class KD(Method):
 
     def losses(self, outputs: Outputs, batch: Batch, progress: Tensor) -> dict[str, Tensor]:
         """Return `kl`."""
-        answers = [teacher(outputs.images) for teacher in self._teachers]
+        answers = [teacher.answer(outputs.images, batch.index, batch.views) for teacher in self._teachers]
         target = ensemble_log_probs(answers, self.temperature)
         return {"kl": kl_divergence(outputs.logits, temperature=self.temperature, target_log_probs=target)}
 

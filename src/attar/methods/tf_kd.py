@@ -71,6 +71,8 @@ class TfKD(Method):
     Unknown: the settings of its ImageNet runs, where the authors say that T divides both distributions.
     """
 
+    asks_logits_only = True
+
     def __init__(
         self,
         teachers: Teacher | nn.Module | Sequence[Teacher | nn.Module] | None = None,
@@ -133,7 +135,8 @@ class TfKD(Method):
         """Return `kl`, or `cross_entropy` for self-kd-lib."""
         logits, temperature = outputs.logits, self.temperature
         if self._teachers:
-            return {"kl": kl_divergence(logits, self._teachers[0](outputs.images), temperature)}
+            answer = self._teachers[0].answer(outputs.images, batch.index, batch.views)
+            return {"kl": kl_divergence(logits, answer, temperature)}
         p = self.virtual_teacher(batch, logits)
         if self.variant == "self-kd-lib":
             log_q = torch.log_softmax(full_precision(logits) / temperature, dim=1)

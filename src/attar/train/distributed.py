@@ -74,6 +74,14 @@ class Ranks:
         self.on_first(attempt)
         return mine[0] if mine else work()
 
+    def gather(self, value: T) -> list[T]:
+        """Return every process's (picklable) value, in the order of ranks."""
+        if self.world == 1:
+            return [value]
+        values: list[T | None] = [None] * self.world
+        dist.all_gather_object(values, value)
+        return cast(list[T], values)
+
     def any(self, flags: Sequence[bool]) -> list[bool]:
         """Return for every flag whether it is raised in any process."""
         if self.world == 1:
@@ -106,7 +114,7 @@ class Ranks:
             for tensor in tensors:
                 dist.broadcast(tensor, src=0)
 
-    def wrap(self, module: nn.Module, *, phased: bool = False) -> nn.Module:
+    def wrap(self, module: nn.Module, *, phased: bool = False, apart: bool = False) -> nn.Module:
         """Let gradients be averaged over processes; the first one's weights and batch statistics hold for all.
 
         Buffers are broadcast before every forward (the default of DDP): running statistics are those of process 0.
@@ -115,8 +123,9 @@ class Ranks:
             module: what a step calls.
             phased: whether parts of the run train parts of the network only. Then, and only then, every step looks for
                 the parameters that take no part in it, which costs a walk over the graph.
+            apart: every process trains for itself, and nothing is averaged.
         """
-        if self.world == 1:
+        if self.world == 1 or apart:
             return module
         device_ids = [self.device.index] if self.device.type == "cuda" else None
         return DistributedDataParallel(module, device_ids=device_ids, find_unused_parameters=phased)

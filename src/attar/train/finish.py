@@ -128,7 +128,7 @@ def _deployed_flops(network: nn.Module, source: Source) -> int:
 
 
 def _training_flops(run: Run) -> int:
-    """Count the operations of one step, backward pass included, per image of its batch.
+    """Count the operations of one step, backward pass included, per image of its batch, as a mean over the run.
 
     A real step, since a method may need more than images and labels. It moves batch statistics and leaves gradients;
     nothing is read from the distiller after it.
@@ -137,7 +137,16 @@ def _training_flops(run: Run) -> int:
     with closing(cast(Generator[Sample, None, None], run.loader.epoch(0))) as batches:
         batch = run.batch_of(next(batches))
     images = len(batch.images) // batch.views
-    return flops(lambda: run.distiller(batch, torch.ones((), device=run.ranks.device)).total().backward()) // images
+
+    def step() -> int:
+        return flops(lambda: run.distiller(batch, torch.ones((), device=run.ranks.device)).total().backward()) // images
+
+    if run.remembered is None:
+        return step()
+    with run.remembered.forgotten():
+        asked = step()
+    share = min(1.0, run.remembered.slots / run.spec.epochs)
+    return round(share * asked + (1 - share) * step())
 
 
 def _attached(method: nn.Module, run: Run) -> dict[str, Any]:

@@ -76,6 +76,7 @@ def fit(
         ranks.on_first(lambda: home.begin(spec, about, overwrite))
         tracker = Tracker(home.path, console, active=ranks.first, total=run.total_steps)
         try:
+            run.remember_teachers(home)
             position = run.resume(home)
             ranks.on_first(lambda: tracker.start(run.step, position))
             with torch.backends.cudnn.flags(enabled=True, benchmark=True):
@@ -98,6 +99,7 @@ def _train(run: Run, home: RunFolder, tracker: Tracker, stop_after: int | None) 
             if first == 0:
                 run.begin_epoch(epoch)
             run.distiller.train()
+            run.plan(epoch, first)
             clock.start()
             batches = cast(Generator[Sample, None, None], run.loader.epoch(epoch, first))
             with closing(batches):
@@ -137,6 +139,8 @@ def train_step(run: Run, sample: Sample, seed: int, progress: Tensor) -> Terms:
     batch = run.batch_of(sample)
     try:
         with autocast(run.spec.precision, run.ranks.device):
+            if run.remembered is not None:
+                run.remembered.fill(batch.images)
             terms: Terms = run.step_module(batch, progress)
     except ValueError as error:
         if "more than 1 value per channel" not in str(error):

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import gc
+import io
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -12,10 +15,12 @@ from timm.utils import ModelEmaV3
 from torch import nn
 
 from attar.anatomy import Kept
+from attar.anatomy.split import redraw_
 from attar.data import Loader, Normalization, Sample, Source, augmentation, make_sampler
+from attar.data.hashing import hash_counters
 from attar.distiller import Distiller
 from attar.errors import AttarError
-from attar.method import Batch
+from attar.method import Batch, Method
 from attar.sampling import ClassPairs
 from attar.spec import TrainSpec
 from attar.tasks import Classification
@@ -25,12 +30,15 @@ from attar.train.distributed import Ranks
 from attar.train.evaluate import Metrics, evaluate
 from attar.train.memory import memory_format
 from attar.train.meter import Meter, advice
+from attar.train.precision import resolved
 from attar.train.run_folder import RunFolder
 from attar.train.schedule import make_optimizer, make_schedule
+from attar.train.teacher_cache import TeacherCache, refuse_cache, slots
 from attar.train.tracking import Tracker
 
 __all__ = ["Run", "batch_of"]
 
+_REPLICA = 5  # separates the first weights of the replicas of several processes from other draws of the same seed
 _COMPILE_REPAYS = 1000  # steps from which on compiling for minutes is worth it on a GPU
 
 
@@ -48,6 +56,8 @@ class Run:
         means: of every term over the last whole epoch.
         weights: of every term in the last step of that epoch.
         saved_step: step of the last checkpoint.
+        remembered: what teachers have said, where the spec asks for it.
+        apart: every process trains a student of its own; the first one's is measured and kept.
     """
 
     spec: TrainSpec
@@ -70,6 +80,8 @@ class Run:
     means: dict[str, float] = field(default_factory=dict)
     weights: dict[str, float] = field(default_factory=dict)
     saved_step: int | None = None
+    remembered: TeacherCache | None = None
+    apart: bool = False
 
     @classmethod
     def prepare(cls, spec: TrainSpec, ranks: Ranks) -> Run:
@@ -90,27 +102,34 @@ class Run:
         task, normalization = Classification(source.num_classes), Normalization(source.mean, source.std)
         distiller = Distiller(student, methods, task, normalization=(source.mean, source.std), stages=spec.stages)
         distiller.build(torch.randn(2, 3, *source.image_size, device=ranks.device), source.train.index_bound)
+        apart = ranks.world > 1 and _own_replicas(distiller)
+        if apart:
+            _draw_apart(distiller, spec, ranks)
         memory = memory_format(distiller, ranks.device, spec.channels_last)  # an auxiliary may forbid it too
         distiller.to(device=ranks.device, memory_format=memory)  # type: ignore[call-overload]
+        augment = augmentation(spec.augment or source.default_augmentation)
+        if spec.cache_teachers:
+            refuse_cache(distiller, augment, spec.augment_cycle)
         sampler = make_sampler(
             distiller.sampling, source.train.targets, spec.batch, spec.seed, not spec.keep_last, ranks.world
         )
         loader = Loader(
             source.train,
             sampler,
-            augmentation(spec.augment or source.default_augmentation),
+            augment,
             normalization,
             ranks.device,
             rank=ranks.rank,
             world=ranks.world,
             views=distiller.views,
             seed=spec.seed,
+            cycle=spec.augment_cycle,
         )
         optimizer = make_optimizer(spec, distiller)
         total_steps = spec.epochs * loader.steps_per_epoch
         repays = ranks.device.type == "cuda" and total_steps >= _COMPILE_REPAYS
         compiled = spec.compile == "on" or (spec.compile == "auto" and repays)
-        step_module = _step_module(distiller, ranks, memory, compiled)
+        step_module = _step_module(distiller, ranks, memory, compiled, apart)
         return cls(
             spec,
             ranks,
@@ -126,6 +145,7 @@ class Run:
             memory,
             Meter(ranks),
             peak_memory,
+            apart=apart,
         )
 
     @property
@@ -163,27 +183,72 @@ class Run:
             # What waits for the old parameters' gradients must be gone before the new ones are watched.
             self.step_module = distiller
             gc.collect()
-        self.step_module = _step_module(distiller, self.ranks, self.memory, self.compiled)
+        self.step_module = _step_module(distiller, self.ranks, self.memory, self.compiled, self.apart)
         self.optimizer = make_optimizer(self.spec, distiller)
         self.schedule = make_schedule(self.spec, self.optimizer, self.total_steps)
         if self.spec.ema is not None:
             self.ema = ModelEmaV3(distiller.student, self.spec.ema, use_warmup=True)
         self.best = {}
 
+    def remember_teachers(self, home: RunFolder) -> None:
+        """Where the spec asks for it, let teachers answer once only, and take what the run folder has of that."""
+        if not self.spec.cache_teachers:
+            return
+        augment, source = self.loader.augmentation, self.source
+        count = slots(augment, self.spec.augment_cycle)
+        assert count is not None
+        self.remembered = TeacherCache.open(
+            self.distiller,
+            home.teacher_logits,
+            self.ranks,
+            slots=count,
+            samples=source.train.index_bound,
+            depends_on={
+                "data": source.fingerprint,
+                "image_size": source.image_size,
+                "mean": source.mean,
+                "std": source.std,
+                "augmentation": repr(augment),
+                "seed": self.spec.seed,
+                "precision": resolved(self.spec.precision, self.ranks.device),
+            },
+        )
+
+    def plan(self, epoch: int, first: int) -> None:
+        """Get ready for the steps of an epoch from `first` on."""
+        if self.remembered is not None:
+            numbers = self.loader.numbers(epoch, first)
+            if isinstance(self.distiller.sampling, ClassPairs):
+                # Teachers are asked about the images, not about their partners behind them.
+                numbers = [index[: len(index) // 2] for index in numbers]
+            self.remembered.begin(epoch, numbers)
+
     def batch_of(self, sample: Sample) -> Batch:
         """Return loaded images as the distiller takes them."""
         return batch_of(self.distiller, sample, self.memory)
 
     def evaluate(self, network: nn.Module, split: str) -> Metrics:
-        """Measure a network of this run; the first process's batch statistics hold for all."""
-        self.ranks.share(network.buffers())
-        return evaluate(
-            network,
-            self.source.splits[split],
-            self.loader.normalization,
-            self.source.num_classes,
-            ranks=self.ranks,
-        )
+        """Measure a network of this run; the first process's batch statistics (or whole student) hold for all."""
+        with self._first(network):
+            return evaluate(
+                network,
+                self.source.splits[split],
+                self.loader.normalization,
+                self.source.num_classes,
+                ranks=self.ranks,
+            )
+
+    @contextmanager
+    def _first(self, network: nn.Module) -> Iterator[None]:
+        """Let all processes have what the first one has, where each has its own only as long as they measure it."""
+        if not self.apart:
+            self.ranks.share(network.buffers())
+            yield
+            return
+        own = {name: value.clone() for name, value in network.state_dict().items()}
+        self.ranks.share(network.state_dict().values())
+        yield
+        network.load_state_dict(own)
 
     def learnt(self) -> dict[str, Any]:
         """Return what the networks have learnt so far."""
@@ -214,10 +279,13 @@ class Run:
     def save(self, home: RunFolder, tracker: Tracker) -> None:
         """Write a checkpoint of this moment, once it is known to be worth going on from."""
         self.check()
+        if self.remembered is not None:
+            # First: a checkpoint must not know of steps whose answers are lost.
+            self.remembered.save(epoch_ends=self.step % self.steps_per_epoch == 0)
+        own = {**self.learnt(), "optimizer": self.optimizer.state_dict(), "meter": self.meter.state_dict()}
         state = {
-            **self.learnt(),
-            "optimizer": self.optimizer.state_dict(),
-            "meter": self.meter.state_dict(),
+            **own,
+            **({"replicas": self._gathered(own)} if self.apart else {}),
             "seconds": self.seconds,
             "best": self.best,
             "means": self.means,
@@ -227,6 +295,15 @@ class Run:
         }
         self.ranks.on_first(lambda: home.checkpoints.save(self.step, state))
         self.saved_step = self.step
+
+    def _gathered(self, own: dict[str, Any]) -> list[dict[str, Any]]:
+        """Return what every process has, on the CPU."""
+        buffer = io.BytesIO()
+        torch.save(own, buffer)
+        return [
+            torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
+            for content in self.ranks.gather(buffer.getvalue())
+        ]
 
     def resume(self, home: RunFolder) -> int:
         """Go on from the newest whole checkpoint; return how many bytes of the history belong to it (0: a new run).
@@ -248,20 +325,51 @@ class Run:
         if self.step % self.steps_per_epoch:
             # First what methods do at an epoch's start, then what they have learnt since.
             self.distiller.epoch_start(self.step // self.steps_per_epoch, self.spec.epochs)
-        self.take(state)
-        self.optimizer.load_state_dict(state["optimizer"])
-        self.meter.load_state_dict(state["meter"])
+        own = self._own(state)
+        self.take(own)
+        self.optimizer.load_state_dict(own["optimizer"])
+        self.meter.load_state_dict(own["meter"])
         self.seconds, self.best = state["seconds"], state["best"]
         self.means, self.weights = state["means"], state["weights"]
         return int(state["history"])
 
+    def _own(self, state: dict[str, Any]) -> dict[str, Any]:
+        """Return the part of a checkpoint that belongs to this process."""
+        if not self.apart:
+            return state
+        replicas: list[dict[str, Any]] = state.get("replicas", [state])
+        if len(replicas) != self.ranks.world:
+            raise AttarError(
+                f"The run has a student in each of {len(replicas)} processes, and there are {self.ranks.world} now: "
+                "start as many as before."
+            )
+        return replicas[self.ranks.rank]
 
-def _step_module(distiller: Distiller, ranks: Ranks, memory: torch.memory_format, compiled: bool) -> nn.Module:
+
+def _own_replicas(distiller: Distiller) -> bool:
+    return any(isinstance(method, Method) and method.own_replica for method in distiller.methods.values())
+
+
+def _draw_apart(distiller: Distiller, spec: TrainSpec, ranks: Ranks) -> None:
+    """Let the students of the processes begin with different weights, unless they all are to begin with given ones."""
+    if distiller.may_reshape:
+        raise AttarError(
+            "Every process trains a student of its own, which cannot change its widths: leave one of the methods out."
+        )
+    if ranks.rank > 0 and spec.weights is None:
+        torch.manual_seed(int(hash_counters(spec.seed, _REPLICA, ranks.rank)[0]) >> 1)
+        with torch.no_grad():
+            redraw_(distiller.student)
+
+
+def _step_module(
+    distiller: Distiller, ranks: Ranks, memory: torch.memory_format, compiled: bool, apart: bool
+) -> nn.Module:
     # The compiler must not bring channels-last back where it was found unsafe.
     options = None if memory == torch.channels_last else {"layout_optimization": False}
     # Compile inside, DDP outside.
     compiled_or_not = torch.compile(distiller, options=options) if compiled else distiller  # type: ignore[arg-type]
-    return ranks.wrap(compiled_or_not, phased=bool(distiller.phases))  # type: ignore[arg-type]
+    return ranks.wrap(compiled_or_not, phased=bool(distiller.phases), apart=apart)  # type: ignore[arg-type]
 
 
 def batch_of(distiller: Distiller, sample: Sample, memory: torch.memory_format) -> Batch:

@@ -26,7 +26,8 @@ __all__ = ["RunFolder", "environment"]
 
 # In the order of removal: no result without what it tells of, and last the spec, by which a run is recognised.
 _OWN = (
-    *("result.json", "predictions.npz", "student", "checkpoints", "tensorboard", "metrics.jsonl", "environment.json"),
+    *("result.json", "predictions.npz", "student", "checkpoints", "teacher_logits", "tensorboard"),
+    *("metrics.jsonl", "environment.json"),
     "spec.json",
 )
 
@@ -35,13 +36,15 @@ class RunFolder:
     """The files of one run.
 
     `spec.json`, `environment.json`, `metrics.jsonl`, `tensorboard/`, `checkpoints/`, `student/`, `predictions.npz`
-    (what the student answered for every test image) and `result.json`, which is there when the run is finished.
+    (what the student answered for every test image) and `result.json`, which is there when the run is finished; with
+    `cache_teachers` also `teacher_logits/`.
     """
 
     def __init__(self, path: Path) -> None:
         self.path = path
         self.checkpoints = Checkpoints(path / "checkpoints")
         self.student = path / "student"
+        self.teacher_logits = path / "teacher_logits"
         self.predictions = path / "predictions.npz"
 
     def examine(self, spec: TrainSpec, overwrite: bool) -> dict[str, Any] | None:
