@@ -70,6 +70,16 @@ def test_replicas_are_drawn_afresh_and_differ() -> None:
     assert not torch.equal(first(IMAGES), distiller.student(IMAGES))
 
 
+def test_they_outlive_a_student_that_shrinks() -> None:
+    """Then every method builds again; the peers have learnt meanwhile and keep what they know."""
+    method = Mimic(2)
+    attar.Distiller(Net().double(), [method], attar.Classification(3)).build(IMAGES)
+    before = list(method.peers.networks)
+    attar.Distiller(Net().double(), [method], attar.Classification(3)).build(IMAGES)
+    assert list(method.peers.networks) == before
+    assert len(method.peers.outputs(IMAGES)) == 2
+
+
 def test_outputs_are_those_of_each_network_alone() -> None:
     distiller = built(Mimic([drawn(1), drawn(2)]))
     peers = distiller.methods["Mimic"].peers

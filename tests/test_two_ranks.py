@@ -41,6 +41,7 @@ from attar.methods import (
     SPKD,
     SRM,
     Blockwise,
+    Codistillation,
     FitNet,
     InDistill,
     InformationFlow,
@@ -60,6 +61,7 @@ METHODS: dict[str, Callable[[], Method]] = {
     # Without batch norm there is nothing to remove; the blocks are compared all the same.
     "Blockwise": lambda: Blockwise(Net().double(), budget=1.0),
     "CSKD": lambda: CSKD(),
+    "Codistillation": lambda: Codistillation(burn_in=0.0),
     "DDGSD": lambda: DDGSD(),
     "DLB": lambda: DLB(),
     "DML": lambda: DML(),

@@ -85,6 +85,8 @@ class Peers(nn.Module):
             AttarError: a given network that is the student, is given twice, begins exactly as another one, refuses the
                 images or does not return [N, num_classes].
         """
+        if self._task_loss is not None:
+            return  # built again because the student has shrunk, which is nothing to networks of their own
         given = len(self.networks)
         self.networks.extend(replica(probe.student) for _ in range(self._replicas))
         self.to(device=probe.images.device, dtype=probe.images.dtype)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -11,12 +12,15 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+import attar
 from attar.data import AUGMENTATIONS, Loader, make_sampler, open_source
 from attar.errors import AttarError
+from attar.methods import KD
 from attar.spec import TrainSpec
 from attar.teacher import Teacher
 from attar.train import Interrupted, fit
 from attar.train.teacher_cache import TeacherMemory
+from networks import IMAGES, LABELS, Net
 from runs import assert_same_run, lines, quiet, tiny, train_as_rank, two_ranks
 
 One = tuple[Path, TrainSpec, dict[str, Any]]
@@ -92,6 +96,34 @@ def test_only_what_is_unknown_is_asked(asked: list[int]) -> None:
         remembered.fill(looks[index])
         torch.testing.assert_close(remembered.read(torch.from_numpy(index), 1), Sums()(looks[index]))
     assert asked == [3, 1]
+
+
+def test_a_compiled_step_is_one_graph_for_all_slots() -> None:
+    teacher = Teacher(Net().double())
+    distiller = attar.Distiller(Net().double(), [KD(teacher)], attar.Classification(3)).build(IMAGES).train()
+    remembered = TeacherMemory(teacher, slots=3, views=1, samples=6, classes=3, device=torch.device("cpu"))
+    index = np.arange(6)
+    graphs, losses = [], []
+
+    def counting(graph: torch.fx.GraphModule, _: list[Tensor]) -> Callable[..., Any]:
+        graphs.append(graph)
+        return graph.forward
+
+    torch._dynamo.reset()
+    compiled = torch.compile(distiller, fullgraph=True, backend=counting)
+    for slot in range(3):
+        images = IMAGES.roll(slot, dims=-1)
+        batch = attar.Batch(images, LABELS, torch.from_numpy(index), LABELS)
+        asked = distiller(batch, torch.tensor(0.5))
+        teacher.memory = remembered
+        remembered.begin(slot, [index])
+        remembered.fill(images)
+        told = compiled(batch, torch.tensor(0.5))
+        teacher.memory = None
+        losses.append((told.losses["KD.kl"].item(), asked.losses["KD.kl"].item()))
+    assert len(graphs) == 1
+    assert [one for one, _ in losses] == pytest.approx([other for _, other in losses], abs=1e-6)
+    assert min(abs(losses[0][0] - losses[1][0]), abs(losses[1][0] - losses[2][0])) > 1e-5
 
 
 def test_too_large_a_memory_is_one_sentence() -> None:

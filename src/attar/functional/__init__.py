@@ -1,6 +1,7 @@
 """Pure tensor functions that the methods are made of: tensors in, tensors out, no state, no modules."""
 
 from attar.functional.attention import attention_map, attention_transfer, flat_map, resized_map
+from attar.functional.codistillation import Psi, codistillation_loss, prediction_churn
 from attar.functional.collaborative import (
     CollaborativeTarget,
     MutualTarget,
@@ -21,9 +22,11 @@ from attar.functional.world import gathered, rank_and_world
 __all__ = [
     "CollaborativeTarget",
     "MutualTarget",
+    "Psi",
     "attention_map",
     "attention_transfer",
     "batch_similarity",
+    "codistillation_loss",
     "collaborative_target",
     "ensemble_log_probs",
     "error_covariance",
@@ -40,6 +43,7 @@ __all__ = [
     "linear_weights",
     "mutual_divergences",
     "nearest",
+    "prediction_churn",
     "rank_and_world",
     "resized_map",
     "sigmoid_ramp",

@@ -5,6 +5,7 @@ from attar.methods.at import AT
 from attar.methods.bake import BAKE
 from attar.methods.blockwise import Blockwise
 from attar.methods.byot import BYOT
+from attar.methods.codistillation import Codistillation
 from attar.methods.cs_kd import CSKD
 from attar.methods.ddgsd import DDGSD
 from attar.methods.dlb import DLB
@@ -57,6 +58,7 @@ __all__ = [
     "SPKD",
     "SRM",
     "Blockwise",
+    "Codistillation",
     "FitNet",
     "InDistill",
     "InformationFlow",
