@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from attar.recipes import repdistiller
-from attar.recipes.recipe import FROM_MEMORY, IMAGENET, Published, Recipe
-from attar.spec import MethodSpec, TrainSpec, parse
+from attar.recipes.recipe import FROM_MEMORY, IMAGENET, Published, Recipe, step_run
+from attar.spec import MethodSpec, TrainSpec
 
 __all__ = [
     "at_resnet34_resnet18_imagenet",
@@ -50,23 +50,15 @@ def at_wrn_16_2_wrn_16_1_cifar10() -> Recipe:
     """WRN-16-2 teaches WRN-16-1 on CIFAR-10: AT, KD and both."""
 
     def run(model: str, *methods: MethodSpec) -> TrainSpec:
-        values = {
-            "methods": methods,
-            "model": model,
-            "data": "cifar10",
-            "augment": "crop-flip",
-            "holdout": 0.02,
-            "epochs": 200,
-            "batch": 128,
-            "lr": 0.1,
-            "weight_decay": 5e-4,
-            "nesterov": False,
-            "schedule": "step",
-            "milestones": (0.3, 0.6, 0.8),
-            "gamma": 0.2,
-            "warmup": 0.0,
-        }
-        return parse(TrainSpec, values)
+        return step_run(
+            *methods,
+            model=model,
+            data="cifar10",
+            epochs=200,
+            nesterov=False,
+            milestones=(0.3, 0.6, 0.8),
+            gamma=0.2,
+        )
 
     student = "cifar_wrn_16_1"
     figures = {"plain": 8.77, "AT": 7.93, "KD": 7.41, "AT+KD": 7.51}
@@ -91,24 +83,18 @@ def at_resnet34_resnet18_imagenet() -> Recipe:
     """ResNet-34 teaches ResNet-18 on ImageNet."""
 
     def run(model: str, *methods: MethodSpec) -> TrainSpec:
-        values = {
-            "methods": methods,
-            "model": model,
-            "data": IMAGENET,
-            "augment": "crop-flip",
-            "image_size": 224,
-            "holdout": 0.01,
-            "epochs": 100,
-            "batch": 256,
-            "lr": 0.1,
-            "weight_decay": 1e-4,
-            "nesterov": False,
-            "schedule": "step",
-            "milestones": (0.3, 0.6, 0.9),
-            "gamma": 0.1,
-            "warmup": 0.0,
-        }
-        return parse(TrainSpec, values)
+        return step_run(
+            *methods,
+            model=model,
+            data=IMAGENET,
+            image_size=224,
+            holdout=0.01,
+            epochs=100,
+            batch=256,
+            weight_decay=1e-4,
+            nesterov=False,
+            milestones=(0.3, 0.6, 0.9),
+        )
 
     known = "README of szagoruyko/attention-transfer"
     return Recipe(

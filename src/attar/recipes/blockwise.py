@@ -2,29 +2,19 @@
 
 from __future__ import annotations
 
-from attar.recipes.recipe import FROM_MEMORY, Published, Recipe
-from attar.spec import MethodSpec, TrainSpec, parse
+from attar.recipes.recipe import FROM_MEMORY, Published, Recipe, step_run
+from attar.spec import MethodSpec, TrainSpec
 
 __all__ = ["blockwise_resnet32_cifar100"]
 
 
 def _run(*methods: MethodSpec) -> TrainSpec:
-    values = {
-        "methods": methods,
-        "model": "cifar_resnet32",
-        "data": "cifar100",
-        "augment": "crop-flip",
-        "holdout": 0.02,
-        "epochs": 200,
-        "batch": 128,
-        "lr": 0.1,
-        "weight_decay": 5e-4,
-        "schedule": "step",
-        "milestones": (0.5, 0.75),
-        "gamma": 0.1,
-        "warmup": 0.0,
-    }
-    return parse(TrainSpec, values)
+    return step_run(
+        *methods,
+        model="cifar_resnet32",
+        data="cifar100",
+        epochs=200,
+    )
 
 
 def blockwise_resnet32_cifar100() -> Recipe:

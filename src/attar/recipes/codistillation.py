@@ -6,11 +6,9 @@ accuracies are not known.
 
 from __future__ import annotations
 
-from typing import Any
-
 from attar.compare.protocol import label_of
-from attar.recipes.recipe import FROM_MEMORY, IMAGENET, Published, Recipe
-from attar.spec import MethodSpec, TrainSpec, parse
+from attar.recipes.recipe import FROM_MEMORY, IMAGENET, Published, Recipe, step_run
+from attar.spec import MethodSpec, TrainSpec
 
 __all__ = ["codistillation_resnet50_imagenet"]
 
@@ -21,23 +19,19 @@ def codistillation_resnet50_imagenet() -> Recipe:
     """Two ResNet-50 with batches of 16384."""
 
     def run(*methods: MethodSpec) -> TrainSpec:
-        values: dict[str, Any] = {
-            "methods": methods,
-            "model": "resnet50",
-            "data": IMAGENET,
-            "image_size": 224,
-            "augment": "crop-flip",
-            "holdout": 0.01,
-            "epochs": 93,
-            "batch": 16384,
-            "lr": 6.4,
-            "weight_decay": 1e-4,
-            "schedule": "step",
-            "milestones": (1 / 3, 2 / 3, 8 / 9),
-            "gamma": 0.1,
-            "warmup": 5 / 93,
-        }
-        return parse(TrainSpec, values)
+        return step_run(
+            *methods,
+            model="resnet50",
+            data=IMAGENET,
+            image_size=224,
+            holdout=0.01,
+            epochs=93,
+            batch=16384,
+            lr=6.4,
+            weight_decay=1e-4,
+            milestones=(1 / 3, 2 / 3, 8 / 9),
+            warmup=5 / 93,
+        )
 
     method = MethodSpec(name="Codistillation", options={"burn_in": round(_BURN_IN / _STEPS, 3)})
     return Recipe(

@@ -2,29 +2,22 @@
 
 from __future__ import annotations
 
-from attar.recipes.recipe import FROM_MEMORY, Published, Recipe
-from attar.spec import MethodSpec, TrainSpec, parse
+from attar.recipes.recipe import FROM_MEMORY, Published, Recipe, step_run
+from attar.spec import MethodSpec, TrainSpec
 
 __all__ = ["dlb_resnet32_cifar10"]
 
 
 def _run(epochs: int, *methods: MethodSpec) -> TrainSpec:
-    values = {
-        "methods": methods,
-        "model": "cifar_resnet32",
-        "data": "cifar10",
-        "augment": "crop-flip",
-        "holdout": 0.02,
-        "epochs": epochs,
-        "batch": 128 if methods else 64,
-        "lr": 0.05,
-        "weight_decay": 5e-4,
-        "schedule": "step",
-        "milestones": (150 / 240, 180 / 240, 210 / 240),
-        "gamma": 0.1,
-        "warmup": 0.0,
-    }
-    return parse(TrainSpec, values)
+    return step_run(
+        *methods,
+        model="cifar_resnet32",
+        data="cifar10",
+        epochs=epochs,
+        batch=128 if methods else 64,
+        lr=0.05,
+        milestones=(150 / 240, 180 / 240, 210 / 240),
+    )
 
 
 def dlb_resnet32_cifar10() -> Recipe:

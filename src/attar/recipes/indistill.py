@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from attar.compare.protocol import label_of
-from attar.recipes.recipe import Metric, Published, Recipe
-from attar.spec import MethodSpec, TrainSpec, parse
+from attar.recipes.recipe import Metric, Published, Recipe, step_run
+from attar.spec import MethodSpec, TrainSpec
 
 __all__ = ["indistill_cnn_cifar10"]
 
@@ -13,23 +13,16 @@ SCORES = "decoded from the score files of gsarridis/InDistill"
 
 
 def _run(model: str, epochs: int, falls: float, *methods: MethodSpec) -> TrainSpec:
-    values = {
-        "methods": methods,
-        "model": model,
-        "data": "cifar10",
-        "augment": "crop-flip",
-        "holdout": 0.02,
-        "epochs": epochs,
-        "batch": 128,
-        "optimizer": "adamw",  # Adam, since there is no decay
-        "lr": 1e-3,
-        "weight_decay": 0.0,
-        "schedule": "step",
-        "milestones": (falls / epochs,),
-        "gamma": 0.1,
-        "warmup": 0.0,
-    }
-    return parse(TrainSpec, values)
+    return step_run(
+        *methods,
+        model=model,
+        data="cifar10",
+        epochs=epochs,
+        optimizer="adamw",  # Adam, since there is no decay
+        lr=1e-3,
+        weight_decay=0.0,
+        milestones=(falls / epochs,),
+    )
 
 
 def indistill_cnn_cifar10() -> Recipe:

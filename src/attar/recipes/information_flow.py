@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from attar.compare.protocol import label_of
-from attar.recipes.recipe import Metric, Published, Recipe
-from attar.spec import MethodSpec, TrainSpec, parse
+from attar.recipes.recipe import Metric, Published, Recipe, step_run
+from attar.spec import MethodSpec, TrainSpec
 
 __all__ = ["information_flow_cnn_cifar10"]
 
@@ -12,24 +12,18 @@ SCORES = "decoded from the score files of passalis/pkth"
 
 
 def _run(model: str, *methods: MethodSpec, epochs: int = 50, schedule: str = "constant") -> TrainSpec:
-    values = {
-        "methods": methods,
-        "model": model,
-        "data": "cifar10",
-        "augment": "crop-flip",
-        "holdout": 0.02,
-        "epochs": epochs,
-        "batch": 128,
-        "optimizer": "adamw",  # Adam, since there is no decay
-        "lr": 1e-3,
-        "weight_decay": 0.0,
-        "schedule": schedule,
-        "milestones": (50 / 80,),
-        "gamma": 0.1,
-        "warmup": 0.0,
-        "progress": "epoch",
-    }
-    return parse(TrainSpec, values)
+    return step_run(
+        *methods,
+        model=model,
+        data="cifar10",
+        epochs=epochs,
+        optimizer="adamw",  # Adam, since there is no decay
+        lr=1e-3,
+        weight_decay=0.0,
+        schedule=schedule,
+        milestones=(50 / 80,),
+        progress="epoch",
+    )
 
 
 def information_flow_cnn_cifar10() -> Recipe:

@@ -6,8 +6,8 @@ ShuffleNetV2 for small images it has not.
 
 from __future__ import annotations
 
-from attar.recipes.recipe import IMAGENET, Published, Recipe
-from attar.spec import MethodSpec, TrainSpec, parse
+from attar.recipes.recipe import IMAGENET, Published, Recipe, step_run
+from attar.spec import MethodSpec, TrainSpec
 
 __all__ = [
     "kd_resnet34_resnet18_imagenet",
@@ -21,23 +21,16 @@ README = "RepDistiller's README"
 
 
 def _run(model: str, *methods: MethodSpec) -> TrainSpec:
-    values = {
-        "methods": methods,
-        "model": model,
-        "data": "cifar100",
-        "augment": "crop-flip",
-        "holdout": 0.02,
-        "epochs": 240,
-        "batch": 64,
-        "lr": 0.05,
-        "weight_decay": 5e-4,
-        "nesterov": False,
-        "schedule": "step",
-        "milestones": (150 / 240, 180 / 240, 210 / 240),
-        "gamma": 0.1,
-        "warmup": 0.0,
-    }
-    return parse(TrainSpec, values)
+    return step_run(
+        *methods,
+        model=model,
+        data="cifar100",
+        epochs=240,
+        batch=64,
+        lr=0.05,
+        nesterov=False,
+        milestones=(150 / 240, 180 / 240, 210 / 240),
+    )
 
 
 def _pair(
@@ -94,24 +87,18 @@ def kd_resnet34_resnet18_imagenet() -> Recipe:
     """ResNet-34 teaches ResNet-18 on ImageNet."""
 
     def run(model: str, *methods: MethodSpec) -> TrainSpec:
-        values = {
-            "methods": methods,
-            "model": model,
-            "data": IMAGENET,
-            "augment": "crop-flip",
-            "image_size": 224,
-            "holdout": 0.01,
-            "epochs": 100,
-            "batch": 256,
-            "lr": 0.1,
-            "weight_decay": 1e-4,
-            "nesterov": False,
-            "schedule": "step",
-            "milestones": (0.3, 0.6, 0.9),
-            "gamma": 0.1,
-            "warmup": 0.0,
-        }
-        return parse(TrainSpec, values)
+        return step_run(
+            *methods,
+            model=model,
+            data=IMAGENET,
+            image_size=224,
+            holdout=0.01,
+            epochs=100,
+            batch=256,
+            weight_decay=1e-4,
+            nesterov=False,
+            milestones=(0.3, 0.6, 0.9),
+        )
 
     known = "torchdistill's benchmark"
     options = {"temperature": 1.0, "weight": 0.5, "task_weight": 0.5}

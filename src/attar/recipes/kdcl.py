@@ -7,11 +7,9 @@ images.
 
 from __future__ import annotations
 
-from typing import Any
-
 from attar.compare.protocol import label_of
-from attar.recipes.recipe import IMAGENET, NOTES, Published, Recipe
-from attar.spec import MethodSpec, TrainSpec, parse
+from attar.recipes.recipe import IMAGENET, NOTES, Published, Recipe, step_run
+from attar.spec import MethodSpec, TrainSpec
 
 __all__ = [
     "kdcl_rerun_densenet_40_12_cifar10",
@@ -37,23 +35,19 @@ def kdcl_resnet50_with_resnet18_imagenet() -> Recipe:
     """ResNet-50 beside ResNet-18 by the linear target, with DML for comparison."""
 
     def run(*methods: MethodSpec) -> TrainSpec:
-        values: dict[str, Any] = {
-            "methods": methods,
-            "model": "resnet50",
-            "data": IMAGENET,
-            "image_size": 224,
-            "augment": "crop-flip",
-            "holdout": 0.01,
-            "epochs": 200,
-            "batch": 2048,
-            "lr": 0.8,
-            "weight_decay": 1e-4,
-            "schedule": "step",
-            "milestones": (0.3, 0.6, 0.9),
-            "gamma": 0.1,
-            "warmup": 5 / 200,
-        }
-        return parse(TrainSpec, values)
+        return step_run(
+            *methods,
+            model="resnet50",
+            data=IMAGENET,
+            image_size=224,
+            holdout=0.01,
+            epochs=200,
+            batch=2048,
+            lr=0.8,
+            weight_decay=1e-4,
+            milestones=(0.3, 0.6, 0.9),
+            warmup=5 / 200,
+        )
 
     def accuracy(run: str, value: float, network: str = "student") -> Published:
         return Published(run, value, NOTES, metric="top-1 accuracy", network=network)
@@ -91,22 +85,12 @@ def _rerun(name: str, title: str, model: str, accuracy: float, spread: float | N
     where = {"cifar10": "CIFAR-10", "cifar100": "CIFAR-100"}[data]
 
     def run(*methods: MethodSpec) -> TrainSpec:
-        values: dict[str, Any] = {
-            "methods": methods,
-            "model": model,
-            "data": data,
-            "augment": "crop-flip",
-            "holdout": 0.02,
-            "epochs": 300,
-            "batch": 128,
-            "lr": 0.1,
-            "weight_decay": 5e-4,
-            "schedule": "step",
-            "milestones": (0.5, 0.75),
-            "gamma": 0.1,
-            "warmup": 0.0,
-        }
-        return parse(TrainSpec, values)
+        return step_run(
+            *methods,
+            model=model,
+            data=data,
+            epochs=300,
+        )
 
     return Recipe(
         name,

@@ -4,31 +4,23 @@ from __future__ import annotations
 
 from typing import Any
 
-from attar.recipes.recipe import FROM_MEMORY, Published, Recipe
-from attar.spec import MethodSpec, TrainSpec, parse
+from attar.recipes.recipe import FROM_MEMORY, Published, Recipe, step_run
+from attar.spec import MethodSpec, TrainSpec
 
 __all__ = ["moonshine_wrn_40_2_g8b2_cifar10", "moonshine_wrn_40_2_g8b2_cifar100"]
 
 
 def _run(data: str, methods: tuple[MethodSpec, ...], **options: Any) -> TrainSpec:
-    values = {
-        "methods": methods,
-        "model": "cifar_wrn_40_2",
-        "model_options": options,
-        "data": data,
-        "augment": "crop-flip",
-        "holdout": 0.02,
-        "epochs": 200,
-        "batch": 128,
-        "lr": 0.1,
-        "weight_decay": 5e-4,
-        "nesterov": False,
-        "schedule": "step",
-        "milestones": (0.3, 0.6, 0.8),
-        "gamma": 0.2,
-        "warmup": 0.0,
-    }
-    return parse(TrainSpec, values)
+    return step_run(
+        *methods,
+        model="cifar_wrn_40_2",
+        model_options=options,
+        data=data,
+        epochs=200,
+        nesterov=False,
+        milestones=(0.3, 0.6, 0.8),
+        gamma=0.2,
+    )
 
 
 def _recipe(name: str, title: str, data: str, millions: tuple[float, float], teacher: Published) -> Recipe:

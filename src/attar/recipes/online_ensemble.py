@@ -7,10 +7,9 @@ Left out: ResNeXt50 and EfficientNet on CIFAR-100 (table 3), whose resolution an
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
 
-from attar.recipes.recipe import Published, Recipe
-from attar.spec import MethodSpec, TrainSpec, parse
+from attar.recipes.recipe import Published, Recipe, step_run
+from attar.spec import MethodSpec, TrainSpec
 
 __all__ = [
     "online_ensemble_densenet_bc_100_12_cifar10",
@@ -58,22 +57,13 @@ _DENSENET = (
 
 def _run(model: str, data: str, *methods: MethodSpec) -> TrainSpec:
     """One run by the setting of the paper."""
-    values: dict[str, Any] = {
-        "methods": methods,
-        "model": model,
-        "data": data,
-        "augment": "crop-flip",
-        "holdout": 0.02,
-        "epochs": _EPOCHS[data],
-        "batch": 128,
-        "lr": 0.1,
-        "weight_decay": 1e-4,
-        "schedule": "step",
-        "milestones": (0.5, 0.75),
-        "gamma": 0.1,
-        "warmup": 0.0,
-    }
-    return parse(TrainSpec, values)
+    return step_run(
+        *methods,
+        model=model,
+        data=data,
+        epochs=_EPOCHS[data],
+        weight_decay=1e-4,
+    )
 
 
 def _recipe(

@@ -6,10 +6,8 @@ unknown.
 
 from __future__ import annotations
 
-from typing import Any
-
-from attar.recipes.recipe import Published, Recipe
-from attar.spec import MethodSpec, TrainSpec, parse
+from attar.recipes.recipe import Published, Recipe, step_run
+from attar.spec import MethodSpec, TrainSpec
 
 __all__ = [
     "pcl_densenet_40_12_cifar10",
@@ -45,23 +43,13 @@ _OF_NETWORK = {
 
 def _run(model: str, data: str, *methods: MethodSpec) -> TrainSpec:
     """One run by the settings of shaoeric's re-implementation."""
-    values: dict[str, Any] = {
-        "methods": methods,
-        "model": model,
-        "data": data,
-        "augment": "crop-flip",
-        "holdout": 0.02,
-        "epochs": 300,
-        "batch": 128,
-        "lr": 0.1,
-        "weight_decay": 5e-4,
-        "schedule": "step",
-        "milestones": (0.5, 0.75),
-        "gamma": 0.1,
-        "warmup": 0.0,
-        "progress": "epoch",
-    }
-    return parse(TrainSpec, values)
+    return step_run(
+        *methods,
+        model=model,
+        data=data,
+        epochs=300,
+        progress="epoch",
+    )
 
 
 def _pcl(

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from attar.recipes.recipe import Published, Recipe
-from attar.spec import MethodSpec, TrainSpec, parse
+from attar.recipes.recipe import Published, Recipe, step_run
+from attar.spec import MethodSpec, TrainSpec
 
 __all__ = ["ps_kd_resnet18_cifar100", "ps_kd_resnext29_8x64d_cifar100"]
 
@@ -12,22 +12,12 @@ README = "README of lgcnsai/PS-KD-Pytorch"
 
 
 def _run(model: str, *methods: MethodSpec) -> TrainSpec:
-    values = {
-        "methods": methods,
-        "model": model,
-        "data": "cifar100",
-        "augment": "crop-flip",
-        "holdout": 0.02,
-        "epochs": 300,
-        "batch": 128,
-        "lr": 0.1,
-        "weight_decay": 5e-4,
-        "schedule": "step",
-        "milestones": (0.5, 0.75),
-        "gamma": 0.1,
-        "warmup": 0.0,
-    }
-    return parse(TrainSpec, values)
+    return step_run(
+        *methods,
+        model=model,
+        data="cifar100",
+        epochs=300,
+    )
 
 
 def _recipe(name: str, title: str, model: str, plain: float, taught: float, *notes: str) -> Recipe:

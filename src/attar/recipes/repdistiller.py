@@ -6,8 +6,8 @@ from collections.abc import Mapping
 from typing import Any
 
 from attar.compare.protocol import label_of
-from attar.recipes.recipe import Published, Recipe
-from attar.spec import MethodSpec, TrainSpec, parse
+from attar.recipes.recipe import Published, Recipe, step_run
+from attar.spec import MethodSpec, TrainSpec
 
 __all__ = ["README", "benchmark", "run"]
 
@@ -25,23 +25,16 @@ _PAIRS = {
 
 def run(model: str, *methods: MethodSpec) -> TrainSpec:
     """Return a run with RepDistiller's settings."""
-    values = {
-        "methods": methods,
-        "model": model,
-        "data": "cifar100",
-        "augment": "crop-flip",
-        "holdout": 0.02,
-        "epochs": 240,
-        "batch": 64,
-        "lr": 0.05,
-        "weight_decay": 5e-4,
-        "nesterov": False,
-        "schedule": "step",
-        "milestones": (150 / 240, 180 / 240, 210 / 240),
-        "gamma": 0.1,
-        "warmup": 0.0,
-    }
-    return parse(TrainSpec, values)
+    return step_run(
+        *methods,
+        model=model,
+        data="cifar100",
+        epochs=240,
+        batch=64,
+        lr=0.05,
+        nesterov=False,
+        milestones=(150 / 240, 180 / 240, 210 / 240),
+    )
 
 
 def benchmark(

@@ -2,29 +2,20 @@
 
 from __future__ import annotations
 
-from attar.recipes.recipe import Published, Recipe
-from attar.spec import MethodSpec, TrainSpec, parse
+from attar.recipes.recipe import Published, Recipe, step_run
+from attar.spec import MethodSpec, TrainSpec
 
 __all__ = ["sad_resnet18_cifar100", "sad_resnet50_cifar100"]
 
 
 def _run(model: str, *methods: MethodSpec) -> TrainSpec:
-    values = {
-        "methods": methods,
-        "model": model,
-        "data": "cifar100",
-        "augment": "crop-flip",
-        "holdout": 0.02,
-        "epochs": 200,
-        "batch": 128,
-        "lr": 0.1,
-        "weight_decay": 5e-4,
-        "schedule": "step",
-        "milestones": (0.5, 0.75),
-        "gamma": 0.1,
-        "warmup": 5 / 200,
-    }
-    return parse(TrainSpec, values)
+    return step_run(
+        *methods,
+        model=model,
+        data="cifar100",
+        epochs=200,
+        warmup=5 / 200,
+    )
 
 
 def _recipe(name: str, title: str, model: str, plain: float, taught: float, known: str) -> Recipe:

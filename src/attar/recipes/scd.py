@@ -7,8 +7,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from attar.recipes.recipe import Published, Recipe
-from attar.spec import MethodSpec, TrainSpec, parse
+from attar.recipes.recipe import Published, Recipe, step_run
+from attar.spec import MethodSpec, TrainSpec
 
 __all__ = ["scd_resnet18_cifar100", "scd_resnet18_cifar100_all_comparisons"]
 
@@ -23,22 +23,13 @@ _NOTES = (
 
 
 def _run(*methods: MethodSpec) -> TrainSpec:
-    values = {
-        "methods": methods,
-        "model": "cifar_resnet18",
-        "data": "cifar100",
-        "augment": "crop-flip",
-        "holdout": 0.02,
-        "epochs": 200,
-        "batch": 128,
-        "lr": 0.1,
-        "weight_decay": 5e-4,
-        "schedule": "step",
-        "milestones": (0.5, 0.75),
-        "gamma": 0.1,
-        "warmup": 5 / 200,
-    }
-    return parse(TrainSpec, values)
+    return step_run(
+        *methods,
+        model="cifar_resnet18",
+        data="cifar100",
+        epochs=200,
+        warmup=5 / 200,
+    )
 
 
 def _with(name: str, **options: Any) -> TrainSpec:

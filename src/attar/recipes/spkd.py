@@ -5,8 +5,8 @@ resnet32x4, resnet8x4, VGG, MobileNetV2 and ShuffleNetV2 for small images it has
 
 from __future__ import annotations
 
-from attar.recipes.recipe import Published, Recipe
-from attar.spec import MethodSpec, TrainSpec, parse
+from attar.recipes.recipe import Published, Recipe, step_run
+from attar.spec import MethodSpec, TrainSpec
 
 __all__ = [
     "spkd_resnet20_resnet20_cifar100",
@@ -28,23 +28,16 @@ _NOTES = (
 
 
 def _run(model: str, *methods: MethodSpec) -> TrainSpec:
-    values = {
-        "methods": methods,
-        "model": model,
-        "data": "cifar100",
-        "augment": "crop-flip",
-        "holdout": 0.02,
-        "epochs": 240,
-        "batch": 64,
-        "lr": 0.05,
-        "weight_decay": 5e-4,
-        "nesterov": False,
-        "schedule": "step",
-        "milestones": (150 / 240, 180 / 240, 210 / 240),
-        "gamma": 0.1,
-        "warmup": 0.0,
-    }
-    return parse(TrainSpec, values)
+    return step_run(
+        *methods,
+        model=model,
+        data="cifar100",
+        epochs=240,
+        batch=64,
+        lr=0.05,
+        nesterov=False,
+        milestones=(150 / 240, 180 / 240, 210 / 240),
+    )
 
 
 def _pair(name: str, teacher: tuple[str, str, float], student: tuple[str, str, float], taught: float) -> Recipe:

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from attar.compare.protocol import label_of
-from attar.recipes.recipe import IMAGENET, Published, Recipe
-from attar.spec import MethodSpec, TrainSpec, parse
+from attar.recipes.recipe import IMAGENET, Published, Recipe, step_run
+from attar.spec import MethodSpec, TrainSpec
 
 __all__ = ["srm_resnet34_resnet18_imagenet"]
 
@@ -14,23 +14,17 @@ _EPOCHS = sum(_STAGES)
 
 
 def _run(model: str, epochs: int, *methods: MethodSpec) -> TrainSpec:
-    values = {
-        "methods": methods,
-        "model": model,
-        "data": IMAGENET,
-        "augment": "crop-flip",
-        "image_size": 224,
-        "holdout": 0.01,
-        "epochs": epochs,
-        "batch": 1280,
-        "lr": 0.1,
-        "weight_decay": 1e-4,
-        "schedule": "step",
-        "milestones": tuple(1 - left / epochs for left in (50, 20, 10)),
-        "gamma": 0.1,
-        "warmup": 0.0,
-    }
-    return parse(TrainSpec, values)
+    return step_run(
+        *methods,
+        model=model,
+        data=IMAGENET,
+        image_size=224,
+        holdout=0.01,
+        epochs=epochs,
+        batch=1280,
+        weight_decay=1e-4,
+        milestones=tuple(1 - left / epochs for left in (50, 20, 10)),
+    )
 
 
 def srm_resnet34_resnet18_imagenet() -> Recipe:

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from attar.recipes.recipe import Published, Recipe
-from attar.spec import MethodSpec, TrainSpec, parse
+from attar.recipes.recipe import Published, Recipe, step_run
+from attar.spec import MethodSpec, TrainSpec
 
 __all__ = ["smoothing_resnet18_cifar100"]
 
@@ -11,23 +11,16 @@ README = "README of yuanli2333/Teacher-free-Knowledge-Distillation"
 
 
 def _run(*methods: MethodSpec) -> TrainSpec:
-    values = {
-        "methods": methods,
-        "model": "cifar_resnet18",
-        "data": "cifar100",
-        "augment": "crop-flip",
-        "holdout": 0.02,
-        "epochs": 200,
-        "batch": 128,
-        "lr": 0.1,
-        "weight_decay": 5e-4,
-        "nesterov": False,
-        "schedule": "step",
-        "milestones": (0.3, 0.6, 0.8),
-        "gamma": 0.2,
-        "warmup": 1 / 200,
-    }
-    return parse(TrainSpec, values)
+    return step_run(
+        *methods,
+        model="cifar_resnet18",
+        data="cifar100",
+        epochs=200,
+        nesterov=False,
+        milestones=(0.3, 0.6, 0.8),
+        gamma=0.2,
+        warmup=1 / 200,
+    )
 
 
 def smoothing_resnet18_cifar100() -> Recipe:

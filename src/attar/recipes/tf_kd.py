@@ -5,8 +5,8 @@ MobileNetV2, ShuffleNetV2, GoogLeNet and DenseNet-121 for small images it has no
 
 from __future__ import annotations
 
-from attar.recipes.recipe import Published, Recipe
-from attar.spec import MethodSpec, TrainSpec, parse
+from attar.recipes.recipe import Published, Recipe, step_run
+from attar.spec import MethodSpec, TrainSpec
 
 __all__ = [
     "tf_kd_reg_resnet18_cifar100",
@@ -24,23 +24,18 @@ _NOTES = (
 
 
 def _run(model: str, *methods: MethodSpec, batch: int = 128) -> TrainSpec:
-    values = {
-        "methods": methods,
-        "model": model,
-        "data": "cifar100",
-        "augment": "crop-flip",
-        "holdout": 0.02,
-        "epochs": 200,
-        "batch": batch,
-        "lr": 0.1 * batch / 128,
-        "weight_decay": 5e-4,
-        "nesterov": False,
-        "schedule": "step",
-        "milestones": (0.3, 0.6, 0.8),
-        "gamma": 0.2,
-        "warmup": 1 / 200,
-    }
-    return parse(TrainSpec, values)
+    return step_run(
+        *methods,
+        model=model,
+        data="cifar100",
+        epochs=200,
+        batch=batch,
+        lr=0.1 * batch / 128,
+        nesterov=False,
+        milestones=(0.3, 0.6, 0.8),
+        gamma=0.2,
+        warmup=1 / 200,
+    )
 
 
 def _figures(plain: float, taught: float) -> tuple[Published, Published]:
