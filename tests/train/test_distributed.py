@@ -58,6 +58,9 @@ def test_one_on_two_ranks_ends_resumes_and_only_rank_0_writes(tmp_path: Path) ->
         assert again["top1"] == result["test"]["top1"]
     weights = [(tmp_path / name / "student/model.safetensors").read_bytes() for name in ("run", "whole")]
     assert weights[0] == weights[1]
+    # Means over both processes, from steps before the stop and after it.
+    epochs = [[line["losses"] for line in lines(tmp_path / name, "epoch")] for name in ("run", "whole")]
+    assert epochs[0] == epochs[1]
 
 
 def measure(folder: Path) -> None:

@@ -285,7 +285,8 @@ class Run:
         own = {**self.learnt(), "optimizer": self.optimizer.state_dict(), "meter": self.meter.state_dict()}
         state = {
             **own,
-            **({"replicas": self._gathered(own)} if self.apart else {}),
+            # What every process has of its own: a student, or what it has summed up for the next line of the history.
+            "replicas": self._gathered(own if self.apart else {"meter": own["meter"]}),
             "seconds": self.seconds,
             "best": self.best,
             "means": self.means,
@@ -335,15 +336,16 @@ class Run:
 
     def _own(self, state: dict[str, Any]) -> dict[str, Any]:
         """Return the part of a checkpoint that belongs to this process."""
-        if not self.apart:
-            return state
-        replicas: list[dict[str, Any]] = state.get("replicas", [state])
-        if len(replicas) != self.ranks.world:
+        replicas: list[dict[str, Any]] = state.get("replicas", [{}])
+        if len(replicas) == self.ranks.world:
+            return {**state, **replicas[self.ranks.rank]}
+        if self.apart:
             raise AttarError(
                 f"The run has a student in each of {len(replicas)} processes, and there are {self.ranks.world} now: "
                 "start as many as before."
             )
-        return replicas[self.ranks.rank]
+        # As many steps, spread otherwise: the means of the epoch under way are the first process's.
+        return state
 
 
 def _own_replicas(distiller: Distiller) -> bool:
