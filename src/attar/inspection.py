@@ -181,7 +181,7 @@ def method_cost(
             [
                 *(["a teacher"] if method.teachers else []),
                 *([f"{method.views} views"] if method.views > 1 else []),
-                *sorted(method.needs),
+                *sorted(method.needs - {"views"}),
             ]
         ),
     )

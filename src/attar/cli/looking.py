@@ -41,10 +41,16 @@ def methods(words: list[str]) -> int:
     from attar.inspection import card, method_costs
 
     images, network = _example("cifar_resnet20", 10, None, {"width": 0.25})
-    table = Table("method", "what it does", "terms", "auxiliaries", "needs", **PLAIN_TABLE)
+    table = Table(**PLAIN_TABLE)
+    table.add_column("method", no_wrap=True)
+    table.add_column("what it does", ratio=7)
+    table.add_column("terms", ratio=4)
+    table.add_column("needs", ratio=2)
     for cost in method_costs(network, 10, images):
-        terms, own = ", ".join(cost.terms) or "none", ", ".join(name for name, _ in cost.auxiliaries) or "none"
-        table.add_row(cost.name, card(methods.available()[cost.name]).idea, terms, own, cost.needs or "labels only")
+        # One name for what a method has of every stage.
+        terms = dict.fromkeys(term if "." not in term else f"{term.partition('.')[0]}.*" for term in cost.terms)
+        idea = card(methods.available()[cost.name]).idea
+        table.add_row(cost.name, idea, ", ".join(terms) or "none", cost.needs or "labels only")
     console = make_console()
     console.print(table)
     console.print("\nattar methods NAME shows the whole card, the options and the cost.")
