@@ -202,7 +202,7 @@ def contract(
 
 
 # The default run has ONE, which cuts the student, on every common network, and the other methods on two of them,
-# compiled on one; those that read or make maps by the form of the network also on a ViT. All methods on all networks,
+# compiled on one (ONE on two); those that read or make maps by the form of the network also on a ViT. All methods on all networks,
 # compiled on all common ones, are slow.
 DEFAULT = {"hand-written", "cifar_resnet20"}
 ON_TOKENS = {"AT", "BYOT", "FRSKD", "KD", "OKDDip", "SAD", "SCD"}
@@ -214,7 +214,7 @@ for _name, _make in METHODS.items():
         else:
             _tokens = _name in ON_TOKENS and _architecture.name == "vit_tiny_patch16_224"
             _default = _architecture.common and (_name == "ONE" or _architecture.name in DEFAULT or _tokens)
-            _compiled = _name == "ONE" or _architecture.name == "hand-written"
+            _compiled = _architecture.name in (DEFAULT if _name == "ONE" else {"hand-written"})
             _class = contract(_name, _make, _architecture, _default, _compiled)
         globals()[_class.__name__] = _class
 del _class
