@@ -202,8 +202,8 @@ def contract(
 
 
 # The default run has ONE, which cuts the student, on every common network, and the other methods on two of them,
-# compiled on one (ONE on two); those that read or make maps by the form of the network also on a ViT. All methods on all networks,
-# compiled on all common ones, are slow.
+# compiled on one (ONE on two); those that read or make maps by the form of the network also on a ViT. All methods on
+# all networks, compiled on all common ones, are slow.
 DEFAULT = {"hand-written", "cifar_resnet20"}
 ON_TOKENS = {"AT", "BYOT", "FRSKD", "KD", "OKDDip", "SAD", "SCD"}
 
