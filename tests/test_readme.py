@@ -45,7 +45,7 @@ def test_two_set_up_commands_which_ci_runs_as_they_stand() -> None:
     first, second = (block["code"].strip() for block in SETUP)
     assert all(command.startswith("python3 -m venv .venv && ") for command in (first, second))
     assert first.endswith("attar demo")
-    assert second.endswith("pytest -n 3 --dist worksteal")
+    assert second.endswith("pytest -n 2")
     assert "^<!-- set-up:" in (ROOT / ".ci/run").read_text()
 
 
