@@ -20,6 +20,7 @@ __all__ = [
     "BranchEnsemble",
     "BranchNetwork",
     "BranchOutput",
+    "Spread",
     "embedding_taps",
     "make_branches",
     "same_tensors",
@@ -48,7 +49,7 @@ class Branch(nn.Module):
         self._inside = replace(tap, module=f"tail.{tap.module}")
         # A map may be overwritten behind the tap; what a linear layer reads never is.
         cloned = [self._inside] if tap.side == "output" else []
-        self._recorder = Recorder(_Spread(tail), [self._inside], cloned)
+        self._recorder = Recorder(Spread(tail), [self._inside], cloned)
 
     def forward(self, *carried: Tensor) -> BranchOutput:
         """Return embedding and logits."""
@@ -77,7 +78,7 @@ def same_tensors(network: nn.Module) -> nn.Module:
     return copy.deepcopy(network, shared)
 
 
-class _Spread(nn.Module):
+class Spread(nn.Module):
     """A tail that takes the values at the cut as one argument, as a `Recorder` gives it."""
 
     def __init__(self, tail: nn.Module) -> None:
@@ -85,6 +86,7 @@ class _Spread(nn.Module):
         self.tail = tail
 
     def forward(self, carried: Sequence[Tensor]) -> Any:
+        """Return what the tail returns."""
         return self.tail(*carried)
 
 

@@ -8,7 +8,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from attar.functional.logits import ensemble_log_probs, full_precision
+from attar.functional.logits import ensemble_log_probs, full_precision, kl_divergence
 
 __all__ = [
     "CollaborativeTarget",
@@ -61,28 +61,25 @@ def mutual_divergences(
     predictions = [full_precision(z) for z in logits]
     if len(predictions) == 1:
         return [predictions[0].sum() * 0.0]
-    sources = [z.detach() for z in predictions] if constant else predictions
-    log_p = [torch.log_softmax(z / temperature, dim=1) for z in predictions]
     divergences = []
-    for own, log_own in enumerate(log_p):
-        others = sources[:own] + sources[own + 1 :]
+    for own, prediction in enumerate(predictions):
+        others = predictions[:own] + predictions[own + 1 :]
         if target == "each":
             targets = [torch.log_softmax(z / temperature, dim=1) for z in others]
         elif target == "probabilities":
             targets = [ensemble_log_probs(others, temperature)]
         else:
             targets = [torch.log_softmax(torch.stack(others).mean(dim=0) / temperature, dim=1)]
-        each = torch.stack([_divergence(log_t, log_own, shift) for log_t in targets])
-        divergences.append(temperature**2 * (each.sum() if reduction == "sum" else each.mean()))
+        each = torch.stack(
+            [
+                kl_divergence(
+                    prediction, temperature=temperature, target_log_probs=log_t, shift=shift, constant_target=constant
+                )
+                for log_t in targets
+            ]
+        )
+        divergences.append(each.sum() if reduction == "sum" else each.mean())
     return divergences
-
-
-def _divergence(log_t: Tensor, log_p: Tensor, shift: float) -> Tensor:
-    t = log_t.exp()
-    if shift:
-        t = t + shift
-        log_t = t.log()
-    return (t * (log_t - log_p)).sum() / len(log_p)
 
 
 def collaborative_target(logits: Sequence[Tensor], labels: Tensor, rule: CollaborativeTarget = "minlogit") -> Tensor:

@@ -24,11 +24,12 @@ def kl_divergence(
     target_log_probs: Tensor | None = None,
     shift: float = 0.0,
     squared_temperature: bool = True,
+    constant_target: bool = True,
 ) -> Tensor:
     """Distillation's soft-label loss: the KL divergence from the target to the prediction, both at temperature T.
 
     Definition: `T^2 (1/N) sum_n sum_c t_nc (log t_nc - log softmax(z_n / T)_c)` with `t = softmax(target / T)`.
-    The target is a constant: no gradient reaches it.
+    The target is a constant, and no gradient reaches it, unless `constant_target` is switched off.
 
     Shapes: `logits` and the target [N, C] or [N, C, ...]; with further axes the mean runs over all of them too.
     Returns a scalar in nats.
@@ -40,6 +41,7 @@ def kl_divergence(
         target_log_probs: log t, already at temperature T (an ensemble of teachers has no logits of its own).
         shift: added to every entry of t before its logarithm and not renormalised; ONE's code uses 1e-7.
         squared_temperature: False leaves out the factor T^2.
+        constant_target: False lets the target learn too, for targets that are made to be learnt (OKDDip's attention).
 
     Raises:
         ValueError: both targets or none given, or shapes that differ (which would broadcast silently).
@@ -52,9 +54,11 @@ def kl_divergence(
     log_p = torch.log_softmax(full_precision(logits) / temperature, dim=1)
     if target_log_probs is None:
         assert target_logits is not None
-        log_t = torch.log_softmax(full_precision(target_logits.detach()) / temperature, dim=1)
+        log_t = torch.log_softmax(full_precision(target_logits) / temperature, dim=1)
     else:
-        log_t = full_precision(target_log_probs.detach())
+        log_t = full_precision(target_log_probs)
+    if constant_target:
+        log_t = log_t.detach()
     if log_t.shape != log_p.shape:
         raise ValueError(f"Prediction {list(log_p.shape)} and target {list(log_t.shape)} must have one shape.")
     t = log_t.exp()

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from attar.functional.logits import full_precision
 
-__all__ = ["attached_kl", "peer_attention", "peer_targets", "prediction_diversity"]
+__all__ = ["peer_attention", "peer_targets", "prediction_diversity"]
 
 
 def peer_attention(queries: Tensor, keys: Tensor) -> Tensor:
@@ -40,21 +40,6 @@ def peer_targets(
         return torch.log_softmax((attention.unsqueeze(3) * z.unsqueeze(1)).sum(dim=2) / temperature, dim=2)
     mixed = (attention.unsqueeze(3) * torch.softmax(z / temperature, dim=2).unsqueeze(1)).sum(dim=2)
     return mixed.clamp_min(torch.finfo(mixed.dtype).tiny).log()
-
-
-def attached_kl(logits: Tensor, target_log_probs: Tensor, temperature: float, shift: float = 0.0) -> Tensor:
-    """`kl_divergence` whose target learns too: `T^2 (1/N) sum_n sum_c t (log t - log softmax(z / T))`.
-
-    Shapes: `logits` [N, K], `target_log_probs` [N, K] at temperature T already; returns a scalar in nats. With `shift`
-    s the target is `t + s`, not renormalised.
-    """
-    log_p = torch.log_softmax(full_precision(logits) / temperature, dim=1)
-    log_t = full_precision(target_log_probs)
-    t = log_t.exp()
-    if shift:
-        t = t + shift
-        log_t = t.log()
-    return temperature**2 * (t * (log_t - log_p)).sum(dim=1).mean()
 
 
 def prediction_diversity(logits: Sequence[Tensor]) -> Tensor:

@@ -11,8 +11,8 @@ from torch import Tensor, nn
 from attar.anatomy import Anatomy, Split, Tap
 from attar.anatomy.branches import Branch, BranchEnsemble, BranchNetwork, embedding_taps, make_branches
 from attar.errors import AttarError
-from attar.functional import full_precision, sigmoid_ramp
-from attar.functional.peers import attached_kl, peer_attention, peer_targets
+from attar.functional import full_precision, kl_divergence, sigmoid_ramp
+from attar.functional.peers import peer_attention, peer_targets
 from attar.method import Batch, Method, Outputs, Probe
 from attar.peers import Peers
 
@@ -144,15 +144,25 @@ class OKDDip(Method):
         z = torch.stack([full_precision(answer) for answer in logits], dim=1)  # [N, m - 1, K]
         targets = self.targets(torch.stack(embeddings, dim=1), z)
         pairs = zip(z.unbind(dim=1), targets.unbind(dim=1), strict=True)
-        level_1 = [attached_kl(answer, target, self.temperature, self.target_shift) for answer, target in pairs]
+        level_1 = [self._imitation(answer, target) for answer, target in pairs]
         mean = z.mean(dim=1)
         mean = mean.detach() if self.detach_leader_target else mean
         target = torch.log_softmax(mean / self.temperature, dim=1)
         return {
             "ce_peers": torch.stack([outputs.task_loss(answer, batch.targets) for answer in logits]).sum(),
             "kl_peers": torch.stack(level_1).sum(),
-            "kl_leader": attached_kl(outputs.logits, target, self.temperature, self.target_shift),
+            "kl_leader": self._imitation(outputs.logits, target),
         }
+
+    def _imitation(self, logits: Tensor, target_log_probs: Tensor) -> Tensor:
+        """The targets learn too: nothing else trains the attention."""
+        return kl_divergence(
+            logits,
+            temperature=self.temperature,
+            target_log_probs=target_log_probs,
+            shift=self.target_shift,
+            constant_target=False,
+        )
 
     def targets(self, embeddings: Tensor, logits: Tensor) -> Tensor:
         """Return the log-probabilities that peers are to learn: [N, P, D] and [N, P, K] of P peers -> [N, P, K]."""

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from attar.anatomy import Anatomy, Recorder, Split, Stage, Tap, overwritten, split
-from attar.anatomy.branches import BranchEnsemble, BranchNetwork, same_tensors
+from attar.anatomy.branches import BranchEnsemble, BranchNetwork, Spread, same_tensors
 from attar.anatomy.narrow import narrow_replicas
 from attar.errors import AttarError
 from attar.functional import full_precision, kl_divergence
@@ -207,7 +207,7 @@ class CompressedStudent(nn.Module):
         super().__init__()
         self.tail = tail
         self._taps = [replace(tap, module=f"tail.{tap.module}") for tap in taps]
-        spread = _Spread(tail)
+        spread = Spread(tail)
         touched, _ = overwritten(spread, self._taps, carried)  # type: ignore[arg-type]
         self._recorder = Recorder(spread, self._taps, touched)
 
@@ -221,17 +221,6 @@ class CompressedStudent(nn.Module):
         copied = same_tensors(self.tail)
         self._recorder.remove_from_copy(copied)
         return copied
-
-
-class _Spread(nn.Module):
-    """A tail that takes the values at the cut as one argument, as a `Recorder` gives it."""
-
-    def __init__(self, tail: nn.Module) -> None:
-        super().__init__()
-        self.tail = tail
-
-    def forward(self, carried: Sequence[Tensor]) -> Any:
-        return self.tail(*carried)
 
 
 def _end_of_base(anatomy: Anatomy) -> str:

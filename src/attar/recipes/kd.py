@@ -7,6 +7,7 @@ ShuffleNetV2 for small images it has not.
 from __future__ import annotations
 
 from attar.recipes.recipe import IMAGENET, Published, Recipe, step_run
+from attar.recipes.repdistiller import run
 from attar.spec import MethodSpec, TrainSpec
 
 __all__ = [
@@ -18,19 +19,6 @@ __all__ = [
 ]
 
 README = "RepDistiller's README"
-
-
-def _run(model: str, *methods: MethodSpec) -> TrainSpec:
-    return step_run(
-        *methods,
-        model=model,
-        data="cifar100",
-        epochs=240,
-        batch=64,
-        lr=0.05,
-        nesterov=False,
-        milestones=(150 / 240, 180 / 240, 210 / 240),
-    )
 
 
 def _pair(
@@ -46,10 +34,10 @@ def _pair(
         f"{teacher[0]} teaches {student[0]} on CIFAR-100: plain and KD",
         "KD (Hinton, Vinyals, Dean, 2015, arXiv 1503.02531)",
         "RepDistiller's benchmark",
-        _run(student[1], method),
+        run(student[1], method),
         (accuracy("teacher", teacher[2]), accuracy("plain", student[2]), accuracy("KD", taught)),
-        beside=(_run(student[1]),),
-        teacher=_run(teacher[1]),
+        beside=(run(student[1]),),
+        teacher=run(teacher[1]),
         notes=(
             *notes,
             "RepDistiller gives trained teachers; here the teacher is trained by the student's settings, once for all "

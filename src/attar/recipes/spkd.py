@@ -5,8 +5,9 @@ resnet32x4, resnet8x4, VGG, MobileNetV2 and ShuffleNetV2 for small images it has
 
 from __future__ import annotations
 
-from attar.recipes.recipe import Published, Recipe, step_run
-from attar.spec import MethodSpec, TrainSpec
+from attar.recipes.recipe import Published, Recipe
+from attar.recipes.repdistiller import run
+from attar.spec import MethodSpec
 
 __all__ = [
     "spkd_resnet20_resnet20_cifar100",
@@ -27,19 +28,6 @@ _NOTES = (
 )
 
 
-def _run(model: str, *methods: MethodSpec) -> TrainSpec:
-    return step_run(
-        *methods,
-        model=model,
-        data="cifar100",
-        epochs=240,
-        batch=64,
-        lr=0.05,
-        nesterov=False,
-        milestones=(150 / 240, 180 / 240, 210 / 240),
-    )
-
-
 def _pair(name: str, teacher: tuple[str, str, float], student: tuple[str, str, float], taught: float) -> Recipe:
     def accuracy(run: str, value: float) -> Published:
         return Published(run, value, REPDISTILLER, metric="top-1 accuracy")
@@ -49,10 +37,10 @@ def _pair(name: str, teacher: tuple[str, str, float], student: tuple[str, str, f
         f"{teacher[0]} teaches {student[0]} on CIFAR-100: plain and SPKD",
         PAPER,
         "RepDistiller's benchmark, column SP",
-        _run(student[1], MethodSpec(name="SPKD")),
+        run(student[1], MethodSpec(name="SPKD")),
         (accuracy("teacher", teacher[2]), accuracy("plain", student[2]), accuracy("SPKD", taught)),
-        beside=(_run(student[1]),),
-        teacher=_run(teacher[1]),
+        beside=(run(student[1]),),
+        teacher=run(teacher[1]),
         notes=("RepDistiller gives trained teachers, and reads the last stage before pooling, as here.", *_NOTES),
     )
 
@@ -95,12 +83,12 @@ def spkd_resnet20_resnet20_cifar100() -> Recipe:
         "ResNet-20 on CIFAR-100, taught by its own earlier training: plain and SPKD",
         PAPER,
         "not the paper's own table",
-        _run("cifar_resnet20", MethodSpec(name="SPKD", options={"layers": "all", "average": True})),
+        run("cifar_resnet20", MethodSpec(name="SPKD", options={"layers": "all", "average": True})),
         (
             Published("plain", 68.92, KD_ZOO, metric="top-1 accuracy"),
             Published(label, 69.85, KD_ZOO, metric="top-1 accuracy"),
         ),
-        beside=(_run("cifar_resnet20"),),
-        teacher=_run("cifar_resnet20"),
+        beside=(run("cifar_resnet20"),),
+        teacher=run("cifar_resnet20"),
         notes=("Its optimiser, batch and epochs are unknown: RepDistiller's are taken.", *_NOTES),
     )
