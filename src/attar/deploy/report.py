@@ -151,4 +151,5 @@ def metadata(report: Mapping[str, Any]) -> dict[str, str]:
     Args:
         report: with the keys `METADATA` at least; `methods`, `data` and `accuracy` go along where they are known.
     """
-    return {key: json.dumps(report[key], ensure_ascii=False) for key in (*METADATA, *_TOLD) if key in report}
+    keys = (*METADATA, *(key for key in _TOLD if key in report))
+    return {key: json.dumps(report[key], ensure_ascii=False) for key in keys}
