@@ -58,7 +58,7 @@ class Settings:
         student: names and normalisation that travel with the artefact, where its format has a place for them.
         accuracy: tells the accuracy, in 0..1 on hold-out images, of an artefact that has been written to a path; None
             where nobody asks how much quantisation costs.
-        options: what only one format knows (`opset`, `packaged`).
+        options: what only one format knows (`opset`).
     """
 
     image_size: tuple[int, int]
@@ -81,7 +81,7 @@ class Report(TypedDict):
         deployable: None for the plain student.
         file: name of the artefact in the folder.
         batch: images at a time; None: any number.
-        packaged: whether preprocessing is inside: uint8 images in, probabilities out.
+        packaged: whether preprocessing is inside: uint8 RGB [N, H, W, 3] in, probabilities [N, K] out.
         image_size: (H, W).
         mean: of the channels of images in 0..1; std likewise.
         crop: share of the image's side that evaluation looks at (1.0: the whole image).
@@ -98,7 +98,9 @@ class Report(TypedDict):
         parity: what the gate found (see `Parity`).
         calibration: {"images", "seed", "split"} of an int8 artefact, else None.
         written: what the format says of the file (`opset`, layers left in float32).
+        parameters: numbers that the network learnt.
         size_bytes: of the artefact's files.
+        sha256: of `file`, in hexadecimal digits.
         latency: as `measure_latency` returns it.
         versions: of attar, torch and the format's packages.
     """
@@ -125,7 +127,9 @@ class Report(TypedDict):
     parity: dict[str, Any]
     calibration: dict[str, Any] | None
     written: dict[str, Any]
+    parameters: int
     size_bytes: int
+    sha256: str
     latency: dict[str, Any]
     versions: dict[str, str]
 

@@ -1,0 +1,246 @@
+"""ONNX: written through torch.export, run by onnxruntime."""
+
+from __future__ import annotations
+
+import contextlib
+import importlib
+import io
+import logging
+import re
+import warnings
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import nn
+
+from attar.deploy.artefact import Images, Runtime, Settings
+from attar.deploy.candidate import first_line
+from attar.errors import AttarError
+
+__all__ = ["ONNX", "OPSET", "annotate"]
+
+# What torch's exporter writes without converting; later ones are converted from it.
+OPSET = 18
+_PACKAGES = ("onnx", "onnxscript", "onnxruntime")
+
+
+class ONNX:
+    """ONNX for onnxruntime, on whatever it runs.
+
+    The graph has one input `images` and one output `logits`, float32 [N, 3, H, W] -> [N, K]. `Settings.options` knows
+    `opset` and `float32`, the path of the same network's float32 artefact where there is one to quantise.
+    """
+
+    name = "onnx"
+    file = "model.onnx"
+    extra = "export"
+
+    def write(self, network: nn.Module, settings: Settings, path: Path, calibration: Images | None) -> dict[str, Any]:
+        """Write the artefact.
+
+        Raises:
+            AttarError: an operator that ONNX has not (named), an unknown opset, a package that is missing.
+        """
+        require()
+        opset = settings.options.get("opset", OPSET)
+        if not settings.int8:
+            _write_float32(network, settings, path, opset)
+            return {"opset": opset}
+        assert calibration is not None
+        from attar.deploy.quantize import quantize_onnx, quantize_within
+
+        source, own = settings.options.get("float32"), path.with_name(f".{path.name}.float32")
+        try:
+            if source is None:
+                _write_float32(network, settings, own, opset)
+                source = own
+            if settings.accuracy is None:
+                quantize_onnx(source, path, calibration)
+                return {"opset": opset, "left_in_float32": []}
+            found = quantize_within(source, path, calibration, settings.accuracy, settings.most_drop)
+            return {"opset": opset, **found}
+        finally:
+            own.unlink(missing_ok=True)
+
+    def load(self, path: Path, threads: int = 1) -> Runtime:
+        """Load an artefact in onnxruntime, on the CPU; a packaged one takes uint8 images and gives probabilities.
+
+        Raises:
+            AttarError: the file is missing, no ONNX model, or one that onnxruntime cannot run.
+        """
+        require()
+        import onnxruntime
+
+        if not path.is_file():
+            raise AttarError(f"There is no file '{path}': give an exported ONNX model.")
+        options = onnxruntime.SessionOptions()
+        options.intra_op_num_threads = threads
+        options.inter_op_num_threads = 1
+        options.log_severity_level = 3
+        try:
+            session = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+        except Exception as error:  # onnxruntime's own kinds, which have no common base
+            raise AttarError(f"'{path}' is no ONNX model that onnxruntime can run ({first_line(error)}).") from error
+        return _Session(session)
+
+
+class _Session:
+    """Answers any number of images, however many the file takes at a time."""
+
+    def __init__(self, session: Any) -> None:
+        self._session = session
+        self._input = session.get_inputs()[0]
+        first = self._input.shape[0]
+        self._batch = first if isinstance(first, int) else None
+
+    def __call__(self, images: NDArray[Any]) -> NDArray[np.float32]:
+        if self._batch is None:
+            return self._run(images)
+        parts = []
+        for start in range(0, len(images), self._batch):
+            part = images[start : start + self._batch]
+            missing = self._batch - len(part)
+            padded = np.concatenate([part, np.repeat(part[-1:], missing, axis=0)]) if missing else part
+            parts.append(self._run(padded)[: len(part)])
+        return np.concatenate(parts)
+
+    def _run(self, images: NDArray[Any]) -> NDArray[np.float32]:
+        answer: NDArray[np.float32] = self._session.run(None, {self._input.name: np.ascontiguousarray(images)})[0]
+        return answer
+
+
+def require() -> None:
+    """Import what ONNX needs.
+
+    Raises:
+        AttarError: a package is missing; the sentence has the command that installs it.
+    """
+    for package in _PACKAGES:
+        try:
+            importlib.import_module(package)
+        except ImportError as error:
+            raise AttarError(f'ONNX needs the package {package}: pip install "attar[export]".') from error
+
+
+def annotate(path: Path, told: Mapping[str, str]) -> None:
+    """Write into an ONNX file what must travel with it, and check the file.
+
+    What the exporter remembers of the source code that each node came from (paths of this machine among it) goes.
+
+    Raises:
+        AttarError: the file is no valid ONNX.
+    """
+    import onnx
+
+    # Weights in a file of their own stay there.
+    model = onnx.load(str(path), load_external_data=False)
+    graphs = [model.graph, *(function for function in model.functions)]
+    for graph in graphs:
+        for part in (*graph.node, *graph.value_info, *getattr(graph, "input", []), *getattr(graph, "initializer", [])):
+            if hasattr(part, "metadata_props"):
+                del part.metadata_props[:]
+            if hasattr(part, "doc_string"):
+                part.doc_string = ""
+    del model.graph.metadata_props[:]
+    del model.metadata_props[:]
+    for key, text in told.items():
+        entry = model.metadata_props.add()
+        entry.key, entry.value = key, text
+    onnx.save(model, str(path))
+    try:
+        onnx.checker.check_model(str(path), full_check=True)
+    except Exception as error:  # checker and shape inference have kinds of their own
+        raise AttarError(f"The exported graph is no valid ONNX ({first_line(error)}): try another --opset.") from error
+
+
+def _write_float32(network: nn.Module, settings: Settings, path: Path, opset: int) -> None:
+    import onnx
+
+    newest = onnx.defs.onnx_opset_version()
+    if not OPSET <= opset <= newest:
+        raise AttarError(f"ONNX opset {opset} cannot be written: choose one from {OPSET} to {newest}.")
+    program = _exported(network, settings)
+    with _silence():
+        try:
+            written = torch.onnx.export(
+                program,
+                dynamo=True,
+                opset_version=opset,
+                input_names=["images"],
+                output_names=["logits"],
+                verbose=False,
+            )
+        except Exception as error:  # the exporter raises many kinds
+            raise _refusal(network, error) from error
+        assert written is not None
+        written.save(str(path))
+    model = onnx.load(str(path), load_external_data=False)
+    got = {entry.domain: entry.version for entry in model.opset_import}.get("")
+    if got != opset:
+        raise AttarError(f"This network cannot be written in ONNX opset {opset}: leave out --opset ({got} is written).")
+    if settings.batch is None:
+        _name_batch(model, path)
+
+
+def _exported(network: nn.Module, settings: Settings) -> Any:
+    # Two images, since torch.export takes a dimension of one for a constant.
+    batch = 2 if settings.batch is None else settings.batch
+    images = torch.zeros(batch, 3, *settings.image_size)
+    any_number = ({0: torch.export.Dim("batch", min=1)},) if settings.batch is None else None
+    with _silence():
+        try:
+            return torch.export.export(network, (images,), dynamic_shapes=any_number)
+        except Exception as error:  # torch.export raises many kinds
+            if settings.batch is None:
+                raise AttarError(
+                    f"{type(network).__name__} takes a fixed number of images only ({first_line(error)}): leave out "
+                    "--dynamic-batch."
+                ) from error
+            raise _refusal(network, error) from error
+
+
+def _refusal(network: nn.Module, error: Exception) -> AttarError:
+    """Name the operator, which the exporters tell somewhere along the chain of causes."""
+    chain: list[BaseException] = [error]
+    while (cause := chain[-1].__cause__ or chain[-1].__context__) is not None and cause not in chain:
+        chain.append(cause)
+    said = "\n".join(str(part) for part in chain)
+    patterns = (r"No ONNX function found for <OpOverload\(op='([\w.]+)'", r"target=torch\.ops\.([\w.]+)")
+    operator = next((match[1] for pattern in patterns if (match := re.search(pattern, said))), None)
+    who = type(network).__name__
+    if operator is not None:
+        name = operator.removesuffix(".default").replace("aten.", "aten::", 1)
+        return AttarError(f"ONNX has no operator for {name}, which {who} uses: replace it in the network.")
+    return AttarError(f"{who} cannot be exported to ONNX ({first_line(chain[-1])}): change that in the network.")
+
+
+def _name_batch(model: Any, path: Path) -> None:
+    """Call the free dimension what it is."""
+    import onnx
+
+    old = model.graph.input[0].type.tensor_type.shape.dim[0].dim_param
+    for value in (*model.graph.input, *model.graph.output, *model.graph.value_info):
+        for dimension in value.type.tensor_type.shape.dim:
+            if old and dimension.dim_param == old:
+                dimension.dim_param = "batch"
+    onnx.save(model, str(path))
+
+
+@contextlib.contextmanager
+def _silence() -> Iterator[None]:
+    """Keep the exporters from talking: what matters is said by what they raise."""
+    loggers = [logging.getLogger(name) for name in ("torch.onnx", "onnxscript", "onnx_ir", "torch.export")]
+    levels = [logger.level for logger in loggers]
+    try:
+        for logger in loggers:
+            logger.setLevel(logging.CRITICAL)
+        with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)

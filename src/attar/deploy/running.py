@@ -1,0 +1,90 @@
+"""A loaded artefact as a network, so that attar's own evaluation measures it; real images for it to answer."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+from attar.data import EvalLoader, Normalization, Split
+from attar.deploy.artefact import Logits
+from attar.train.distributed import Ranks
+from attar.train.evaluate import Metrics, measure
+from attar.train.predictions import Predictions
+
+__all__ = ["PIXELS", "load_images", "measure_runtime", "some_of"]
+
+# A normalisation that leaves pixels what they are: x * 1 + 0.
+PIXELS = Normalization((0.0, 0.0, 0.0), (1 / 255, 1 / 255, 1 / 255))
+_SMALLEST = 1e-30
+_BATCH = 64
+
+
+class _Running(nn.Module):
+    """Answers tensors through a runtime, and tells how many images it has answered."""
+
+    def __init__(
+        self, answer: Callable[[NDArray[Any]], Logits], packaged: bool, told: Callable[[int], None] | None
+    ) -> None:
+        super().__init__()
+        self._answer, self._packaged, self._told = answer, packaged, told
+
+    def forward(self, images: Tensor) -> Tensor:
+        shown = images.numpy()
+        answer = torch.from_numpy(np.array(self._answer(as_pixels(shown) if self._packaged else shown)))
+        if self._told is not None:
+            self._told(len(images))
+        # Logarithms of probabilities are logits with the same softmax.
+        return answer.clamp_min(_SMALLEST).log() if self._packaged else answer
+
+
+def measure_runtime(
+    answer: Callable[[NDArray[Any]], Logits],
+    split: Split,
+    normalization: Normalization,
+    num_classes: int,
+    *,
+    packaged: bool = False,
+    told: Callable[[int], None] | None = None,
+) -> tuple[Metrics, Predictions]:
+    """Measure an artefact exactly as `attar evaluate` measures a network, on the CPU.
+
+    Args:
+        answer: the loaded artefact (or anything else that answers arrays of images).
+        split: the images.
+        normalization: of the network's images.
+        num_classes: K.
+        packaged: the artefact takes uint8 [N, H, W, 3] and gives probabilities.
+        told: is called with how many images have been answered, batch by batch.
+    """
+    running = _Running(answer, packaged, told)
+    ranks = Ranks(0, 1, torch.device("cpu"))
+    return measure(running, split, PIXELS if packaged else normalization, num_classes, ranks=ranks)
+
+
+def as_pixels(images: NDArray[np.float32]) -> NDArray[np.uint8]:
+    """Return images [N, 3, H, W] in 0..255 as uint8 [N, H, W, 3]."""
+    return np.ascontiguousarray(np.rint(images).astype(np.uint8).transpose(0, 2, 3, 1))
+
+
+def some_of(split: Split, count: int, seed: int | None = None) -> Split:
+    """Return `count` images of a split (all if it has fewer): evenly spaced, or drawn by a seed; in the split's order."""
+    if count >= len(split):
+        return split
+    if seed is None:
+        chosen = np.linspace(0, len(split) - 1, count).round().astype(np.int64)
+    else:
+        chosen = np.sort(np.random.default_rng(seed).choice(len(split), count, replace=False))
+    rows, targets, index = split.rows[chosen], split.targets[chosen], split.index[chosen]
+    return dataclasses.replace(split, rows=rows, targets=targets, index=index)
+
+
+def load_images(split: Split, normalization: Normalization) -> NDArray[np.float32]:
+    """Return all images of a split, prepared as for evaluation: float32 [N, 3, H, W], contiguous."""
+    batches = [sample.images.contiguous().numpy() for sample in EvalLoader(split, _BATCH, normalization)]
+    return np.concatenate(batches)
