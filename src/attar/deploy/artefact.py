@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Protocol, TypedDict
+from typing import Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -14,7 +14,7 @@ from torch import nn
 from attar.data import Source
 from attar.train.student import Student
 
-__all__ = ["Candidate", "Format", "Images", "Logits", "Report", "Runtime", "Settings"]
+__all__ = ["Candidate", "Format", "Images", "Logits", "Runtime", "Settings"]
 
 Images = NDArray[np.float32]  # [N, 3, H, W], normalised as in training
 Logits = NDArray[np.float32]  # [N, K]
@@ -70,68 +70,6 @@ class Settings:
     student: Student | None = None
     accuracy: Callable[[Path], float] | None = None
     options: dict[str, Any] = field(default_factory=dict)
-
-
-class Report(TypedDict):
-    """All that is known of an export: `export.json`, from which the card and the columns of comparisons are made.
-
-    Attributes:
-        format: as `--format` takes it.
-        int8: whether it is quantised.
-        deployable: None for the plain student.
-        file: name of the artefact in the folder.
-        batch: images at a time; None: any number.
-        packaged: whether preprocessing is inside: uint8 RGB [N, H, W, 3] in, probabilities [N, K] out.
-        image_size: (H, W).
-        mean: of the channels of images in 0..1; std likewise.
-        crop: share of the image's side that evaluation looks at (1.0: the whole image).
-        classes: their names.
-        model: name of the student's model.
-        methods: that trained it, as in `spec.json`.
-        data: name of its images.
-        run: name of the run folder.
-        test: metrics of the artefact on the test images, in its own runtime (`images`, `top1`, `top5`, `nll`,
-            `calibration_error`).
-        student: the same metrics of the fp32 network in torch.
-        accuracy_drop: top-1 of the network less that of the artefact.
-        agreement: share of the test images that both name alike.
-        parity: what the gate found (see `Parity`).
-        calibration: {"images", "seed", "split"} of an int8 artefact, else None.
-        written: what the format says of the file (`opset`, layers left in float32).
-        parameters: numbers that the network learnt.
-        size_bytes: of the artefact's files.
-        sha256: of `file`, in hexadecimal digits.
-        latency: as `measure_latency` returns it.
-        versions: of attar, torch and the format's packages.
-    """
-
-    format: str
-    int8: bool
-    deployable: str | None
-    file: str
-    batch: int | None
-    packaged: bool
-    image_size: list[int]
-    mean: list[float]
-    std: list[float]
-    crop: float
-    classes: list[str]
-    model: str
-    methods: list[dict[str, Any]]
-    data: str
-    run: str
-    test: dict[str, Any]
-    student: dict[str, Any]
-    accuracy_drop: float
-    agreement: float
-    parity: dict[str, Any]
-    calibration: dict[str, Any] | None
-    written: dict[str, Any]
-    parameters: int
-    size_bytes: int
-    sha256: str
-    latency: dict[str, Any]
-    versions: dict[str, str]
 
 
 class Format(Protocol):

@@ -6,7 +6,6 @@ import copy
 import dataclasses
 import hashlib
 import importlib.metadata
-import json
 import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -20,13 +19,14 @@ from numpy.typing import NDArray
 
 from attar import __version__
 from attar.data import Normalization
-from attar.deploy.artefact import Candidate, Format, Images, Report, Runtime, Settings
+from attar.deploy.artefact import Candidate, Format, Images, Runtime, Settings
 from attar.deploy.aside import refuse_present, written_aside
 from attar.deploy.candidate import crop_of, load_candidate
 from attar.deploy.formats import find_format
 from attar.deploy.gate import gate, refuse_drop
 from attar.deploy.onnx import ONNX, annotate
 from attar.deploy.packaged import package
+from attar.deploy.report import Accuracy, Int8, Report, metadata
 from attar.deploy.running import PIXELS, as_pixels, load_images, measure_runtime, some_of
 from attar.errors import AttarError
 from attar.train.files import read_json, storage_errors, write_json
@@ -40,10 +40,6 @@ _GATED = 256  # real images at the gate
 _JUDGED = 2000  # hold-out images that tell what quantising a layer costs
 _FEWEST = 32  # calibration images
 _LEAST_AGREEMENT = 0.8
-_CARRIED = (
-    *("model", "deployable", "methods", "data", "classes", "image_size", "mean", "std", "crop", "packaged"),
-    *("int8", "test", "versions"),
-)
 _PACKAGES = {
     "onnx": ("onnx", "onnxscript", "onnxruntime"),
     "executorch": ("executorch", "torchao"),
@@ -218,7 +214,7 @@ class _Export:
         report = self._report(parity, written, size, *found)
         if isinstance(self.kind, ONNX):
             with storage_errors(self.path):
-                annotate(self.path, metadata(report))
+                annotate(self.path, metadata({**report}))
             report["size_bytes"] = sum(path.stat().st_size for path in self.folder.rglob("*") if path.is_file())
         # Last, so that what is handed out is what has been let through, to the last byte.
         self.tell("gate", None)
@@ -317,38 +313,47 @@ class _Export:
         self, parity: dict[str, Any], written: dict[str, Any], size: int, one: Any, other: Any, agreement: float
     ) -> Report:
         candidate, student = self.candidate, self.candidate.student
-        calibration = None
+        int8 = None
         if self.settings.int8:
-            calibration = {"images": written.pop("calibration_images"), "seed": self.settings.seed, "split": "train"}
+            left = written.get("left_in_float32", [])
+            int8 = Int8(
+                left_in_float32=left,
+                calibration_images=written["calibration_images"],
+                drop=one.top1 - other.top1,
+                trained=written.get("trained", False),
+            )
         packages = ("torch", *_PACKAGES[self.kind.name])
         return Report(
+            attar=__version__,
             format=self.kind.name,
-            int8=self.settings.int8,
-            deployable=candidate.deployable,
             file=self.kind.file,
-            batch=self.settings.batch if self.kind.name != "torch" else None,
-            packaged=self.packaged,
+            size_bytes=size,
+            sha256="",
+            model=student.model,
+            parameters=sum(parameter.numel() for parameter in candidate.network.parameters()),
+            deployable=candidate.deployable,
+            methods=list(candidate.result.get("methods", [])),
+            data=str(candidate.result.get("data", candidate.source.name)),
+            classes=list(student.classes),
             image_size=list(candidate.source.image_size),
             mean=list(student.mean),
             std=list(student.std),
             crop=crop_of(candidate.source),
-            classes=list(student.classes),
-            model=student.model,
-            methods=list(candidate.result.get("methods", [])),
-            data=str(candidate.result.get("data", candidate.source.name)),
-            run=candidate.folder.resolve().name,
-            test=other.as_dict(),
-            student=one.as_dict(),
-            accuracy_drop=one.top1 - other.top1,
-            agreement=agreement,
-            parity=parity,
-            calibration=calibration,
-            written=written,
-            parameters=sum(parameter.numel() for parameter in candidate.network.parameters()),
-            size_bytes=size,
-            sha256="",
-            latency={},
-            versions={"attar": __version__, **{name: importlib.metadata.version(name) for name in packages}},
+            preprocessing_inside=self.packaged,
+            batch=self.settings.batch if self.kind.name != "torch" else None,
+            opset=written.get("opset"),
+            parity=parity,  # type: ignore[typeddict-item]
+            accuracy=Accuracy(
+                fp32=one.top1,
+                artefact=other.top1,
+                agreement=agreement,
+                images=other.images,
+                calibration_error=other.calibration_error,
+            ),
+            int8=int8,
+            latency=None,
+            memory=None,
+            versions={name: importlib.metadata.version(name) for name in packages},
         )
 
     def _latency(self, report: Report) -> None:
@@ -356,7 +361,9 @@ class _Export:
 
         self.tell("latency", None)
         height, width = self.settings.image_size
-        report["latency"] = measure_latency(self._loaded, (1, 3, height, width))
+        found = dict(measure_latency(self._loaded, (1, 3, height, width)))
+        report["memory"] = found.pop("memory", None)
+        report["latency"] = found  # type: ignore[typeddict-item]
 
     def _loaded(self, threads: int) -> Runtime:
         runtime = self.kind.load(self.path, threads)
@@ -370,12 +377,6 @@ class _Export:
             write_card(self.folder, report)
             if isinstance(self.kind, ONNX):
                 shutil.copyfile(Path(__file__).with_name("inference_onnx.py"), self.folder / "inference.py")
-
-
-def metadata(report: Report) -> dict[str, str]:
-    """Return what an ONNX file carries wherever it goes: JSON texts by key, all that `inference.py` needs among them."""
-    told = {key: report[key] for key in _CARRIED}  # type: ignore[literal-required]
-    return {key: json.dumps(value, ensure_ascii=False) for key, value in told.items()}
 
 
 def _shown_pixels(runtime: Runtime, images: Images) -> NDArray[np.float32]:

@@ -73,7 +73,7 @@ def as_pixels(images: NDArray[np.float32]) -> NDArray[np.uint8]:
 
 
 def some_of(split: Split, count: int, seed: int | None = None) -> Split:
-    """Return `count` images of a split (all if it has fewer): evenly spaced, or drawn by a seed; in the split's order."""
+    """Return `count` images of a split (or all), in its order: evenly spaced ones, or drawn by a seed."""
     if count >= len(split):
         return split
     if seed is None:
