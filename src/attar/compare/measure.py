@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-import time
 from collections.abc import Sequence
 from pathlib import Path
 from statistics import fmean
@@ -24,13 +23,13 @@ from attar.spec import TrainSpec
 from attar.train import build_source
 from attar.train.evaluate import evaluate
 from attar.train.student import Student, load_student
+from attar.train.timing_loop import processor, time_answers
 
 if TYPE_CHECKING:
     from rich.console import Console
 
 __all__ = ["first_images", "measure_corruptions", "measure_latency", "measure_runs"]
 
-_WARM_UP, _FEWEST, _MOST, _SECONDS = 5, 30, 300, 1.0
 _TOGETHER = 8  # students in memory at a time, for which each corrupted image is made once
 # What decides which test images there are, and how large.
 _SAME_IMAGES = ("data", "image_size", "holdout", "split_seed", "skip_bad_images", "train_limit")
@@ -50,27 +49,14 @@ def measure_latency(network: nn.Module, image_size: tuple[int, int]) -> dict[str
     """
     network = copy.deepcopy(network).cpu().float().eval()
     image = torch.zeros(1, 3, *image_size)
-    seconds: list[float] = []
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
         with torch.inference_mode():
-            for _ in range(_WARM_UP):
-                network(image)
-            while len(seconds) < _FEWEST or (len(seconds) < _MOST and sum(seconds) < _SECONDS):
-                began = time.perf_counter()
-                network(image)
-                seconds.append(time.perf_counter() - began)
+            timed = time_answers(lambda: network(image))
     finally:
         torch.set_num_threads(threads)
-    return {
-        "median_seconds": float(np.median(seconds)),
-        "p95_seconds": float(np.quantile(seconds, 0.95)),
-        "repeats": len(seconds),
-        "threads": 1,
-        "batch": 1,
-        "device": torch.cpu.get_capabilities().get("cpu_name") or "cpu",
-    }
+    return {**timed, "threads": 1, "batch": 1, "device": processor()}
 
 
 def first_images(split: Split, limit: int) -> Split:
