@@ -45,13 +45,14 @@ def test_public_surface_does_not_grow_by_accident() -> None:
         "report",
         "reproduce",
         "evaluate",
+        "export",
         "methods",
         "inspect",
         "check",
     ]
     assert attar.__all__ == [
         *("AttarError", "Batch", "Classification", "Distiller", "Method", "Normalization", "Outputs", "Phase"),
-        *("Probe", "Teacher", "Terms", "functional", "lab", "methods", "testing", "zoo"),
+        *("Probe", "Teacher", "Terms", "deploy", "functional", "lab", "methods", "testing", "zoo"),
     ]
 
 

@@ -27,6 +27,10 @@ COMMANDS = {
     "report": ("write the report of runs that are there", "comparing"),
     "reproduce": ("run a paper's setting; published and measured numbers side by side", "comparing"),
     "evaluate": ("measure a trained student on images it has never seen", "training"),
+    "export": (
+        "the student as a file that runs on the board: ONNX, ExecuTorch, int8, proved and measured",
+        "exporting",
+    ),
     "methods": ("list the methods, or show one", "looking"),
     "inspect": ("show the stages of a model and what each method would add", "looking"),
     "check": ("try one batch and show every term, gradient and problem", "looking"),

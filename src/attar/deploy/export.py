@@ -22,8 +22,10 @@ from attar.data import Normalization
 from attar.deploy.artefact import Candidate, Format, Images, Runtime, Settings
 from attar.deploy.aside import refuse_present, written_aside
 from attar.deploy.candidate import crop_of, load_candidate
+from attar.deploy.card import write_card, write_inference
 from attar.deploy.formats import find_format
 from attar.deploy.gate import gate, refuse_drop
+from attar.deploy.latency import measure_latency, measure_memory
 from attar.deploy.onnx import ONNX, annotate
 from attar.deploy.packaged import package
 from attar.deploy.report import Accuracy, Int8, Report, metadata
@@ -237,14 +239,16 @@ class _Export:
             self.kind.write(network, plain, twin / self.kind.file, None)
             parity = self._gate(images, images, twin / self.kind.file)
             self.tell("calibrating and quantising", None)
-            source = {**settings.options, "float32": twin / self.kind.file}
+            options = dict(settings.options)
+            if isinstance(self.kind, ONNX):
+                options["float32"] = twin / self.kind.file
             training = some_of(self.candidate.source.train, settings.calibration, settings.seed)
             if len(training) < _FEWEST:
                 raise AttarError(
                     f"The {len(training)} training images are too few to calibrate on: {_FEWEST} are needed."
                 )
             calibration = load_images(training, self.normalization)
-            written = self.kind.write(network, dataclasses.replace(settings, options=source), self.path, calibration)
+            written = self.kind.write(network, dataclasses.replace(settings, options=options), self.path, calibration)
             shutil.rmtree(twin)
         return parity, {"calibration_images": len(training), **written}
 
@@ -275,7 +279,7 @@ class _Export:
         """Return the metrics of the network and of the artefact on all test images, and how often they agree."""
         split, classes = self.candidate.source.test, self.candidate.source.num_classes
         # As attar evaluate runs it: the same numbers to the last bit.
-        network = copy.deepcopy(self.candidate.network).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        network = copy.deepcopy(self.candidate.network).to(memory_format=torch.channels_last)
 
         def answer(images: NDArray[Any]) -> NDArray[np.float32]:
             tensor = torch.from_numpy(images).contiguous(memory_format=torch.channels_last)
@@ -357,29 +361,26 @@ class _Export:
         )
 
     def _latency(self, report: Report) -> None:
-        from attar.deploy.latency import measure_latency
-
         self.tell("latency", None)
         height, width = self.settings.image_size
-        found = dict(measure_latency(self._loaded, (1, 3, height, width)))
-        report["memory"] = found.pop("memory", None)
-        report["latency"] = found  # type: ignore[typeddict-item]
-
-    def _loaded(self, threads: int) -> Runtime:
-        runtime = self.kind.load(self.path, threads)
-        return partial(_shown_pixels, runtime) if self.packaged else runtime
+        load, shape = partial(_load, self.kind, self.path, self.packaged), (1, 3, height, width)
+        report["latency"] = measure_latency(load, shape)
+        report["memory"] = measure_memory(load, shape)
 
     def _accompany(self, report: Report) -> None:
-        from attar.deploy.card import write_card
-
         with storage_errors(self.folder):
             write_json(self.folder / "export.json", report)
             write_card(self.folder, report)
             if isinstance(self.kind, ONNX):
-                shutil.copyfile(Path(__file__).with_name("inference_onnx.py"), self.folder / "inference.py")
+                write_inference(self.folder)
 
 
-def _shown_pixels(runtime: Runtime, images: Images) -> NDArray[np.float32]:
-    """Answer as many blank images, since a packaged artefact takes no others."""
+def _load(kind: Format, path: Path, packaged: bool, threads: int) -> Runtime:
+    """Load an artefact that is to be timed: a packaged one is shown blank pixels in place of normalised images."""
+    runtime = kind.load(path, threads)
+    return partial(_on_pixels, runtime) if packaged else runtime
+
+
+def _on_pixels(runtime: Runtime, images: Images) -> NDArray[np.float32]:
     n, channels, height, width = images.shape
     return runtime(np.zeros((n, height, width, channels), np.uint8))  # type: ignore[arg-type]

@@ -2,13 +2,7 @@
 
 from __future__ import annotations
 
-import contextlib
-import importlib
-import io
-import logging
-import re
-import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +13,7 @@ from torch import nn
 
 from attar.deploy.artefact import Images, Runtime, Settings
 from attar.deploy.candidate import first_line
+from attar.deploy.program import export_program, in_batches, refusal, require, silence
 from attar.errors import AttarError
 
 __all__ = ["ONNX", "OPSET", "annotate"]
@@ -26,6 +21,8 @@ __all__ = ["ONNX", "OPSET", "annotate"]
 # What torch's exporter writes without converting; later ones are converted from it.
 OPSET = 18
 _PACKAGES = ("onnx", "onnxscript", "onnxruntime")
+_NAME = "ONNX"
+_ANY_NUMBER = 1 << 16  # of images at a time: what torch.export is told; the file knows no bound
 
 
 class ONNX:
@@ -45,7 +42,7 @@ class ONNX:
         Raises:
             AttarError: an operator that ONNX has not (named), an unknown opset, a package that is missing.
         """
-        require()
+        require(_PACKAGES, _NAME, self.extra)
         opset = settings.options.get("opset", OPSET)
         if not settings.int8:
             _write_float32(network, settings, path, opset)
@@ -72,7 +69,7 @@ class ONNX:
         Raises:
             AttarError: the file is missing, no ONNX model, or one that onnxruntime cannot run.
         """
-        require()
+        require(_PACKAGES, _NAME, self.extra)
         import onnxruntime
 
         if not path.is_file():
@@ -99,31 +96,12 @@ class _Session:
 
     def __call__(self, images: NDArray[Any]) -> NDArray[np.float32]:
         if self._batch is None:
-            return self._run(images)
-        parts = []
-        for start in range(0, len(images), self._batch):
-            part = images[start : start + self._batch]
-            missing = self._batch - len(part)
-            padded = np.concatenate([part, np.repeat(part[-1:], missing, axis=0)]) if missing else part
-            parts.append(self._run(padded)[: len(part)])
-        return np.concatenate(parts)
+            return self._run(np.ascontiguousarray(images))
+        return in_batches(self._run, images, self._batch, pad=True)
 
     def _run(self, images: NDArray[Any]) -> NDArray[np.float32]:
-        answer: NDArray[np.float32] = self._session.run(None, {self._input.name: np.ascontiguousarray(images)})[0]
+        answer: NDArray[np.float32] = self._session.run(None, {self._input.name: images})[0]
         return answer
-
-
-def require() -> None:
-    """Import what ONNX needs.
-
-    Raises:
-        AttarError: a package is missing; the sentence has the command that installs it.
-    """
-    for package in _PACKAGES:
-        try:
-            importlib.import_module(package)
-        except ImportError as error:
-            raise AttarError(f'ONNX needs the package {package}: pip install "attar[export]".') from error
 
 
 def annotate(path: Path, told: Mapping[str, str]) -> None:
@@ -138,9 +116,9 @@ def annotate(path: Path, told: Mapping[str, str]) -> None:
 
     # Weights in a file of their own stay there.
     model = onnx.load(str(path), load_external_data=False)
-    graphs = [model.graph, *(function for function in model.functions)]
-    for graph in graphs:
-        for part in (*graph.node, *graph.value_info, *getattr(graph, "input", []), *getattr(graph, "initializer", [])):
+    for graph in (model.graph, *model.functions):
+        values = [] if graph is not model.graph else [*graph.input, *graph.output, *graph.initializer]
+        for part in (*graph.node, *graph.value_info, *values):
             if hasattr(part, "metadata_props"):
                 del part.metadata_props[:]
             if hasattr(part, "doc_string"):
@@ -163,8 +141,10 @@ def _write_float32(network: nn.Module, settings: Settings, path: Path, opset: in
     newest = onnx.defs.onnx_opset_version()
     if not OPSET <= opset <= newest:
         raise AttarError(f"ONNX opset {opset} cannot be written: choose one from {OPSET} to {newest}.")
-    program = _exported(network, settings)
-    with _silence():
+    # Two images where any number may come, since torch.export takes a dimension of one for a constant.
+    images = torch.zeros(settings.batch or 2, 3, *settings.image_size)
+    program = export_program(network, images, _ANY_NUMBER if settings.batch is None else None, _NAME)
+    with silence():
         try:
             written = torch.onnx.export(
                 program,
@@ -175,7 +155,7 @@ def _write_float32(network: nn.Module, settings: Settings, path: Path, opset: in
                 verbose=False,
             )
         except Exception as error:  # the exporter raises many kinds
-            raise _refusal(network, error) from error
+            raise refusal(network, error, _NAME) from error
         assert written is not None
         written.save(str(path))
     model = onnx.load(str(path), load_external_data=False)
@@ -184,38 +164,6 @@ def _write_float32(network: nn.Module, settings: Settings, path: Path, opset: in
         raise AttarError(f"This network cannot be written in ONNX opset {opset}: leave out --opset ({got} is written).")
     if settings.batch is None:
         _name_batch(model, path)
-
-
-def _exported(network: nn.Module, settings: Settings) -> Any:
-    # Two images, since torch.export takes a dimension of one for a constant.
-    batch = 2 if settings.batch is None else settings.batch
-    images = torch.zeros(batch, 3, *settings.image_size)
-    any_number = ({0: torch.export.Dim("batch", min=1)},) if settings.batch is None else None
-    with _silence():
-        try:
-            return torch.export.export(network, (images,), dynamic_shapes=any_number)
-        except Exception as error:  # torch.export raises many kinds
-            if settings.batch is None:
-                raise AttarError(
-                    f"{type(network).__name__} takes a fixed number of images only ({first_line(error)}): leave out "
-                    "--dynamic-batch."
-                ) from error
-            raise _refusal(network, error) from error
-
-
-def _refusal(network: nn.Module, error: Exception) -> AttarError:
-    """Name the operator, which the exporters tell somewhere along the chain of causes."""
-    chain: list[BaseException] = [error]
-    while (cause := chain[-1].__cause__ or chain[-1].__context__) is not None and cause not in chain:
-        chain.append(cause)
-    said = "\n".join(str(part) for part in chain)
-    patterns = (r"No ONNX function found for <OpOverload\(op='([\w.]+)'", r"target=torch\.ops\.([\w.]+)")
-    operator = next((match[1] for pattern in patterns if (match := re.search(pattern, said))), None)
-    who = type(network).__name__
-    if operator is not None:
-        name = operator.removesuffix(".default").replace("aten.", "aten::", 1)
-        return AttarError(f"ONNX has no operator for {name}, which {who} uses: replace it in the network.")
-    return AttarError(f"{who} cannot be exported to ONNX ({first_line(chain[-1])}): change that in the network.")
 
 
 def _name_batch(model: Any, path: Path) -> None:
@@ -228,19 +176,3 @@ def _name_batch(model: Any, path: Path) -> None:
             if old and dimension.dim_param == old:
                 dimension.dim_param = "batch"
     onnx.save(model, str(path))
-
-
-@contextlib.contextmanager
-def _silence() -> Iterator[None]:
-    """Keep the exporters from talking: what matters is said by what they raise."""
-    loggers = [logging.getLogger(name) for name in ("torch.onnx", "onnxscript", "onnx_ir", "torch.export")]
-    levels = [logger.level for logger in loggers]
-    try:
-        for logger in loggers:
-            logger.setLevel(logging.CRITICAL)
-        with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        for logger, level in zip(loggers, levels, strict=True):
-            logger.setLevel(level)
