@@ -18,6 +18,16 @@ def fill(folder: Path, text: str) -> None:
         (aside / "export.json").write_text(text)
 
 
+def failing(folder: Path, error: BaseException) -> None:
+    def work() -> None:
+        with written_aside(folder) as aside:
+            (aside / "export.json").write_text("half")
+            raise error
+
+    with pytest.raises(type(error)):
+        work()
+
+
 def test_whole_and_replaced(tmp_path: Path) -> None:
     folder = tmp_path / "a" / "b"
     fill(folder, "one")
@@ -29,14 +39,10 @@ def test_whole_and_replaced(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("error", [AttarError("no"), KeyboardInterrupt(), OSError(errno.EIO, "broken")])
 def test_nothing_is_left_by_what_goes_wrong(tmp_path: Path, error: BaseException) -> None:
-    with pytest.raises(type(error)), written_aside(tmp_path / "a" / "b") as aside:
-        (aside / "model").write_bytes(b"half")
-        raise error
+    failing(tmp_path / "a" / "b", error)
     assert list(tmp_path.iterdir()) == []
     fill(tmp_path / "b", "one")
-    with pytest.raises(type(error)), written_aside(tmp_path / "b") as aside:
-        (aside / "export.json").write_text("two")
-        raise error
+    failing(tmp_path / "b", error)
     assert [path.name for path in tmp_path.iterdir()] == ["b"]
     assert (tmp_path / "b" / "export.json").read_text() == "one"
 
@@ -62,9 +68,8 @@ def test_a_kill_leaves_nothing_by_the_name_and_the_next_attempt_nothing_at_all(t
     assert [path.name for path in tmp_path.iterdir()] == ["export"]
     # Killed between the two renames of a replacement: the old folder comes back.
     os.rename(folder, tmp_path / ".export.999999999.old")
-    with pytest.raises(AttarError), written_aside(folder):
-        assert (folder / "export.json").read_text() == "two"
-        raise AttarError("no")
+    failing(folder, AttarError("no"))
+    assert (folder / "export.json").read_text() == "two"
     assert [path.name for path in tmp_path.iterdir()] == ["export"]
 
 

@@ -28,6 +28,7 @@ from attar.deploy.gate import gate, refuse_drop
 from attar.deploy.latency import measure_latency, measure_memory
 from attar.deploy.onnx import ONNX, annotate
 from attar.deploy.packaged import package
+from attar.deploy.quantize import FEWEST_IMAGES, calibration_images
 from attar.deploy.report import Accuracy, Int8, Report, metadata
 from attar.deploy.running import PIXELS, as_pixels, load_images, measure_runtime, some_of
 from attar.errors import AttarError
@@ -40,7 +41,6 @@ Progress = Callable[[str, float | None], None]
 
 _GATED = 256  # real images at the gate
 _JUDGED = 2000  # hold-out images that tell what quantising a layer costs
-_FEWEST = 32  # calibration images
 _LEAST_AGREEMENT = 0.8
 _PACKAGES = {
     "onnx": ("onnx", "onnxscript", "onnxruntime"),
@@ -175,9 +175,10 @@ def _check(
         raise AttarError("Format torch holds float32 weights: export int8 to onnx, executorch or openvino.")
     if batch is not None and batch < 1:
         raise AttarError(f"An artefact takes at least 1 image at a time, not {batch}.")
-    if int8 and calibration < _FEWEST:
+    if int8 and calibration < FEWEST_IMAGES:
         raise AttarError(
-            f"{calibration} calibration images are too few to know the ranges of activations: give {_FEWEST} or more."
+            f"{calibration} calibration images are too few to know the ranges of activations: give {FEWEST_IMAGES} or "
+            "more."
         )
     if not 0 <= most_drop < 1:
         raise AttarError(f"The accuracy that int8 may cost is a share from 0 to below 1, not {most_drop:g}.")
@@ -242,15 +243,16 @@ class _Export:
             options = dict(settings.options)
             if isinstance(self.kind, ONNX):
                 options["float32"] = twin / self.kind.file
-            training = some_of(self.candidate.source.train, settings.calibration, settings.seed)
-            if len(training) < _FEWEST:
-                raise AttarError(
-                    f"The {len(training)} training images are too few to calibrate on: {_FEWEST} are needed."
-                )
-            calibration = load_images(training, self.normalization)
+            calibration = calibration_images(
+                self.candidate.source,
+                settings.calibration,
+                settings.seed,
+                self.normalization,
+                settings.image_size,
+            )
             written = self.kind.write(network, dataclasses.replace(settings, options=options), self.path, calibration)
             shutil.rmtree(twin)
-        return parity, {"calibration_images": len(training), **written}
+        return parity, {"calibration_images": len(calibration), **written}
 
     def _gate(
         self, images: Images, shown: NDArray[Any], path: Path | None = None, *, final: bool = False

@@ -48,7 +48,8 @@ class ONNX:
             _write_float32(network, settings, path, opset)
             return {"opset": opset}
         assert calibration is not None
-        from attar.deploy.quantize import quantize_onnx, quantize_within
+        from attar.deploy.quantize import quantize_onnx
+        from attar.deploy.sensitivity import quantize_within
 
         source, own = settings.options.get("float32"), path.with_name(f".{path.name}.float32")
         try:

@@ -72,14 +72,11 @@ def as_pixels(images: NDArray[np.float32]) -> NDArray[np.uint8]:
     return np.ascontiguousarray(np.rint(images).astype(np.uint8).transpose(0, 2, 3, 1))
 
 
-def some_of(split: Split, count: int, seed: int | None = None) -> Split:
-    """Return `count` images of a split (or all), in its order: evenly spaced ones, or drawn by a seed."""
+def some_of(split: Split, count: int) -> Split:
+    """Return `count` evenly spaced images of a split, or all where it has fewer."""
     if count >= len(split):
         return split
-    if seed is None:
-        chosen = np.linspace(0, len(split) - 1, count).round().astype(np.int64)
-    else:
-        chosen = np.sort(np.random.default_rng(seed).choice(len(split), count, replace=False))
+    chosen = np.linspace(0, len(split) - 1, count).round().astype(np.int64)
     rows, targets, index = split.rows[chosen], split.targets[chosen], split.index[chosen]
     return dataclasses.replace(split, rows=rows, targets=targets, index=index)
 
