@@ -213,9 +213,10 @@ def written(of_runs: dict[str, Found], of_networks: dict[str, Found], command: s
         "",
         f"`{command}`",
         "",
-        "Error: largest difference of a logit from PyTorch's float32 ones, relative to the largest logit; for int8 that of",
-        "its float32 twin. Agreement: share of images that both name alike. Time: one image in the artefact's runtime,",
-        "median (95th percentile) after a warm-up. Memory: what loading and answering adds to a process, at its peak.",
+        "Error: largest difference of a logit from PyTorch's float32 ones, relative to the largest logit; for int8 that",
+        "of its float32 twin. Agreement: share of images that both name alike. Time: one image in the artefact's",
+        "runtime, median (95th percentile) after a warm-up. Memory: what loading and answering adds to a process, at",
+        "its peak.",
         "",
     ]
     if of_runs:
