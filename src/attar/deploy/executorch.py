@@ -172,7 +172,8 @@ def _set_threads(threads: int) -> int:
     from executorch.extension.pybindings import portable_lib
 
     if portable_lib._threadpool_get_thread_count() != threads:
-        portable_lib._unsafe_reset_threadpool(threads)
+        with silence(native=True):
+            portable_lib._unsafe_reset_threadpool(threads)
         _resized += 1
     return _resized
 

@@ -104,7 +104,13 @@ def silence(*, native: bool = False) -> Iterator[None]:
     disabled = logging.root.manager.disable
     logging.disable(logging.CRITICAL)
     try:
-        with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()), _no_native_errors(native):
+        said = io.StringIO()
+        with (
+            warnings.catch_warnings(),
+            contextlib.redirect_stdout(said),
+            contextlib.redirect_stderr(said),
+            _no_native_errors(native),
+        ):
             warnings.simplefilter("ignore")
             yield
     finally:
