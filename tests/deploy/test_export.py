@@ -107,6 +107,7 @@ def test_what_is_refused_before_anything_is_read(tmp_path: Path) -> None:
     assert "at least 1 image" in refused(run, "onnx", batch=0)
     assert "calibration images are too few" in refused(run, "onnx", int8=True, calibration=3)
     assert "share from 0 to below 1" in refused(run, "onnx", int8=True, most_drop=1.5)
+    assert "needs --int8" in refused(run, "onnx", qat=3)
     (tmp_path / "photo.jpg").write_bytes(b"precious")
     assert "no export" in refused(run, "torch", out=tmp_path, overwrite=True)
     assert (tmp_path / "photo.jpg").exists()

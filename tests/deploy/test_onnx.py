@@ -81,7 +81,7 @@ def test_an_operator_that_onnx_has_not() -> None:
         def forward(self, x: torch.Tensor) -> torch.Tensor:
             return torch.special.bessel_j1(x.mean(dim=(2, 3)))
 
-    with pytest.raises(AttarError, match=r"ONNX has no operator for aten::special_bessel_j1, which Odd uses"):
+    with pytest.raises(AttarError, match=r"ONNX has no operator for \w+::\w*bessel_j1, which Odd uses"):
         written(Odd().eval(), Path("unwritten.onnx"))
     assert not Path("unwritten.onnx").exists()
 

@@ -41,6 +41,11 @@ _OPTIONS: tuple[tuple[str, dict[str, Any], str], ...] = (
         {"type": float, "default": 0.01, "metavar": "X"},
         "share of accuracy that int8 may cost; layers that cost more stay in float32 (default: 0.01)",
     ),
+    (
+        "--qat",
+        {"type": int, "metavar": "N"},
+        "train for int8 during N epochs, the float32 student teaching its int8 self",
+    ),
     ("--seed", {"type": int, "default": 0, "metavar": "N"}, "chooses the calibration images (default: 0)"),
     ("--data", {"metavar": "TEXT"}, "the run's images, where they lie elsewhere now"),
     ("--out", {"metavar": "FOLDER"}, "default: RUN/export/FORMAT[-int8][-NAME]"),
@@ -68,7 +73,7 @@ def export(words: list[str]) -> int:
         "deployable": _deployable(given),
         **{
             name: given[name]
-            for name in ("packaged", "opset", "calibration", "most_drop", "seed", "data", "out", "overwrite")
+            for name in ("packaged", "opset", "calibration", "most_drop", "qat", "seed", "data", "out", "overwrite")
         },
     }
     if not Path(given["folder"]).is_dir():

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from attar.deploy.formats import FORMATS, find_format
     from attar.deploy.gate import Parity
     from attar.deploy.latency import measure_latency
+    from attar.deploy.qat import quantization_aware
 
 _HOMES = {
     "Candidate": "artefact",
@@ -33,6 +34,7 @@ _HOMES = {
     "load_candidate": "candidate",
     "load_export": "export",
     "measure_latency": "latency",
+    "quantization_aware": "qat",
 }
 
 __all__ = [
@@ -49,6 +51,7 @@ __all__ = [
     "load_candidate",
     "load_export",
     "measure_latency",
+    "quantization_aware",
 ]
 
 

@@ -77,6 +77,7 @@ def export_run(
     opset: int | None = None,
     calibration: int = 256,
     most_drop: float = 0.01,
+    qat: int | None = None,
     seed: int = 0,
     data: str | None = None,
     out: str | Path | None = None,
@@ -92,14 +93,15 @@ def export_run(
         run: a run folder, or a candidate.
         format: `onnx`, `executorch`, `openvino` or `torch`.
         int8: quantise weights and activations, calibrated on training images.
-        image_size: (H, W); default: the training's. Of a candidate: its own.
+        image_size: (H, W); default: the training's. A candidate has its own, and its own deployable and data.
         batch: images at a time; None: any number, where the format can.
         deployable: another network of the run than the plain student (see `load_candidate`).
         packaged: ONNX alone: the artefact takes uint8 images [N, H, W, 3] and gives probabilities.
         opset: of ONNX.
         calibration: training images that fix the ranges of activations.
         most_drop: share of accuracy that int8 may cost; layers that cost more stay in float32.
-        seed: chooses the calibration images.
+        qat: for int8: epochs of quantisation-aware distillation before it, the float32 student teaching its int8 self.
+        seed: chooses the calibration images, and the order of `qat`.
         data: the run's images, where they lie elsewhere now.
         out: the folder; default: `export/FORMAT[-int8][-DEPLOYABLE]` in the run's.
         overwrite: replace an export that is there.
@@ -111,9 +113,13 @@ def export_run(
     tell = progress or (lambda said, share: None)
     kind = find_format(format)
     _check(kind, int8, batch, packaged, opset, calibration, most_drop)
+    if qat is not None and (not int8 or qat < 1):
+        raise AttarError("Option --qat takes the epochs of training for int8, 1 or more, and needs --int8.")
     if out is not None:
         refuse_present(Path(out), overwrite)
     if isinstance(run, Candidate):
+        if deployable is not None or data is not None or image_size is not None:
+            raise AttarError("A candidate brings its network, images and their size: give the others to make it.")
         candidate = run
     else:
         tell("reading the run", None)
@@ -139,7 +145,7 @@ def export_run(
         options=options,
     )
     with written_aside(folder) as aside:
-        _Export(candidate, kind, settings, packaged, aside, tell).run()
+        _Export(candidate, kind, settings, packaged, qat, aside, tell).run()
     return load_export(folder)
 
 
@@ -193,9 +199,18 @@ class _Export:
     """One export into a folder, step by step."""
 
     def __init__(
-        self, candidate: Candidate, kind: Format, settings: Settings, packaged: bool, folder: Path, tell: Progress
+        self,
+        candidate: Candidate,
+        kind: Format,
+        settings: Settings,
+        packaged: bool,
+        qat: int | None,
+        folder: Path,
+        tell: Progress,
     ) -> None:
-        self.candidate, self.kind, self.packaged = candidate, kind, packaged
+        self.candidate, self.kind, self.packaged, self.qat = candidate, kind, packaged, qat
+        # What is written; what the artefact is measured against stays the candidate's.
+        self.network = candidate.network
         self.folder, self.tell = folder, tell
         self.path = folder / kind.file
         student = candidate.student
@@ -209,6 +224,11 @@ class _Export:
         """Fill the folder."""
         gated = some_of(self.candidate.source.test, _GATED)
         images = load_images(gated, self.normalization)
+        if self.qat is not None:
+            from attar.deploy.qat import quantization_aware
+
+            self.tell("quantisation-aware distillation", None)
+            self.network = quantization_aware(self.candidate, epochs=self.qat, seed=self.settings.seed)
         parity, written = self._write(images)
         if self.packaged:
             package(self.path, self.normalization)
@@ -228,7 +248,7 @@ class _Export:
 
     def _write(self, images: Images) -> tuple[dict[str, Any], dict[str, Any]]:
         """Write the artefact; for int8 its float32 twin first, which must pass the gate."""
-        network, settings = self.candidate.network, self.settings
+        network, settings = self.network, self.settings
         self.tell("writing", None)
         with storage_errors(self.path):
             if not settings.int8:
@@ -259,8 +279,8 @@ class _Export:
     ) -> dict[str, Any]:
         quantised = self.settings.int8 and path is None
         found = gate(
-            self.candidate.network,
-            self.kind.load(path or self.path),
+            self.candidate.network if quantised else self.network,
+            self.kind.load(path or self.path, torch.get_num_threads()),
             images,
             shown=as_pixels(shown) if final and self.packaged else shown,
             probabilities=final and self.packaged,
@@ -326,7 +346,7 @@ class _Export:
                 left_in_float32=left,
                 calibration_images=written["calibration_images"],
                 drop=one.top1 - other.top1,
-                trained=written.get("trained", False),
+                trained=self.qat is not None,
             )
         packages = ("torch", *_PACKAGES[self.kind.name])
         return Report(
@@ -385,4 +405,4 @@ def _load(kind: Format, path: Path, packaged: bool, threads: int) -> Runtime:
 
 def _on_pixels(runtime: Runtime, images: Images) -> NDArray[np.float32]:
     n, channels, height, width = images.shape
-    return runtime(np.zeros((n, height, width, channels), np.uint8))  # type: ignore[arg-type]
+    return runtime(np.zeros((n, height, width, channels), np.uint8))
