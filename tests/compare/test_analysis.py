@@ -34,6 +34,20 @@ def small(*methods: str | dict[str, Any], **fields: Any) -> TrainSpec:
     return tiny(*methods, **{"epochs": EPOCHS, "train_limit": 160, "batch": 16, **fields})
 
 
+def exported(name: str, seed: int) -> dict[str, Any]:
+    """What a run's export says that the columns read; only the plain student's ONNX files have the right numbers."""
+    wrong = 1000 if name not in ("onnx", "onnx-int8") else 0
+    int8 = {"left_in_float32": ["stem"] * (seed + wrong), "drop": 0.02 * seed - 0.01 + wrong}
+    return {
+        "format": "executorch" if name.startswith("executorch") else "onnx",
+        "deployable": "BYOT.exit1" if name.endswith("exit1") else None,
+        "size_bytes": (4000 if "int8" not in name else 1000) + seed + wrong,
+        "accuracy": {"artefact": 0.5 + 0.1 * seed + wrong},
+        "int8": int8 if "int8" in name else None,
+        "latency": {"one_thread": {"median_seconds": (2e-3 if "int8" not in name else 1e-3) + wrong}},
+    }
+
+
 @pytest.fixture(scope="session")
 def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Plain, ONE, KD and two label smoothings; one run failed, one was interrupted."""
@@ -54,8 +68,13 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
             "latency": {"median_seconds": 0.001 * (seed + 1)},
             "step": {"relative": 1.5},
             "corruptions": {"top1": share},
+            "ranges": [{"tap": "layer1", "outliers": 2.0 + seed}, {"tap": "layer2", "outliers": None}],
         }
         (home / f"one-{seed}" / "measured.json").write_text(json.dumps(measured))
+        for name in ("onnx", "onnx-int8", "onnx-BYOT.exit1", "executorch-int8", ".onnx.7.tmp"):
+            folder = home / f"one-{seed}" / "export" / name
+            folder.mkdir(parents=True)
+            (folder / "export.json").write_text(json.dumps(exported(name, seed)))
     for name, number in (("failed", 0), ("begun", 1)):
         folder = home / f"{name}-{number}"
         folder.mkdir()
@@ -130,6 +149,15 @@ def test_every_figure_from_the_raw_files(found: Analysis, home: Path) -> None:
     check(one["latency"], [0.001, 0.002, 0.003])
     check(one["corruption_top1"], [0.51, 0.48, 0.57])
     check(one["step"], [1.5, 1.5, 1.5])
+    check(one["onnx_latency"], [2e-3, 2e-3, 2e-3])
+    check(one["onnx_size"], [4000, 4001, 4002])
+    check(one["int8_top1"], [0.5, 0.6, 0.7])
+    check(one["int8_drop"], [-0.01, 0.01, 0.03])
+    check(one["int8_left"], [0, 1, 2])
+    check(one["int8_latency"], [1e-3, 1e-3, 1e-3])
+    check(one["int8_size"], [1000, 1001, 1002])
+    check(one["outliers"], [2, 3, 4])
+    assert not {"onnx_size", "int8_top1", "outliers"} & entry(found, "plain").figures.keys()
     assert "latency" not in entry(found, "plain").figures
     assert one["extra_parameters"].mean > 0 == entry(found, "plain").figures["extra_parameters"].mean
     assert [column.key for column in found.columns] == [column.key for column in COLUMNS]

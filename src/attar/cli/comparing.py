@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import re
 import shlex
+from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -40,6 +42,11 @@ _COMPARED: tuple[tuple[str, dict[str, Any], str], ...] = (
         {"type": int, "nargs": "?", "const": _CORRUPTED, "default": 0, "metavar": "N"},
         f"also measure robustness to corrupted images, on N test images ({_CORRUPTED} when no number is given)",
     ),
+    (
+        "--int8",
+        {"action": "store_true"},
+        "also export every student to int8 ONNX, measure it there, and compare the ranges of activations (ranges.md)",
+    ),
     ("--out", {"metavar": "FOLDER"}, "folder of the comparison; default: runs/compare-MODEL-DATA-..."),
 )
 
@@ -68,8 +75,47 @@ def compare(words: list[str]) -> int:
     from attar.compare.comparison import compare as run
 
     command = shlex.join(["attar", "compare", *entries, *words])
-    analysis = run(plan, home, jobs=given["jobs"], command=command, console=console)
+    measure = None
+    if given["int8"]:
+        from attar.deploy.program import require
+
+        require(("onnx", "onnxscript", "onnxruntime"), "ONNX", "export")  # before hours of training
+        measure = partial(_measure_int8, home=home, console=console)
+    analysis = run(plan, home, jobs=given["jobs"], command=command, measure=measure, console=console)
     return _show(analysis, home, console)
+
+
+def _measure_int8(folders: Sequence[Path], home: Path, console: Console) -> None:
+    """Export students to int8 ONNX and measure the ranges of their activations; what is there stays.
+
+    A student that cannot be exported is no reason to lose the report; its columns stay empty.
+    """
+    from rich.progress import track
+
+    from attar.compare.protocol import label_of
+    from attar.compare.records import measured, remember
+    from attar.deploy.export import export_run
+    from attar.deploy.ranges import Range, ranges_of_run, ranges_text
+    from attar.spec import TrainSpec
+    from attar.train.files import write_atomically
+
+    shown = console.is_terminal and not console.quiet
+    ranges: dict[str, list[list[Range]]] = {}
+    for folder in track(folders, "Exporting to int8", console=console, transient=True, disable=not shown):
+        if "ranges" not in measured(folder):
+            remember(folder, ranges=[each.as_dict() for each in ranges_of_run(folder)])
+        found = [Range.of(each) for each in measured(folder)["ranges"]]
+        ranges.setdefault(label_of(TrainSpec.load(folder / "spec.json").methods), []).append(found)
+        if (folder / "export" / "onnx-int8" / "export.json").is_file():
+            continue
+        try:
+            export_run(folder, int8=True)
+        except AttarError as error:
+            console.print(f"No int8 figures of {folder.name}: {error}", markup=False, soft_wrap=True)
+    try:
+        write_atomically(home / "ranges.md", ranges_text(ranges).encode())
+    except AttarError as error:
+        console.print(f"No comparison of ranges: {error}", markup=False, soft_wrap=True)
 
 
 def demo(words: list[str]) -> int:

@@ -141,6 +141,56 @@ COLUMNS = (
         "Median time of the student for one image on one CPU thread.",
         "deployment",
     ),
+    Column(
+        "onnx_latency",
+        "ONNX latency",
+        "milliseconds",
+        "low",
+        "Median time of the float32 ONNX export for one image on one CPU thread, in onnxruntime.",
+        "deployment",
+    ),
+    Column("onnx_size", "ONNX size", "bytes", "low", "Size of the float32 ONNX export.", "deployment"),
+    Column(
+        "int8_top1",
+        "int8 top-1",
+        "share",
+        "high",
+        "Share of test images whose class the int8 ONNX export names, in onnxruntime.",
+        "deployment",
+    ),
+    Column(
+        "int8_drop",
+        "int8 drop",
+        "share",
+        "low",
+        "Top-1 of the student in float32 less that of its int8 ONNX export.",
+        "deployment",
+    ),
+    Column(
+        "int8_left",
+        "Left in float32",
+        "count",
+        "low",
+        "Nodes of the int8 ONNX export that stay in float32, since they cost too much accuracy in int8.",
+        "deployment",
+    ),
+    Column(
+        "int8_latency",
+        "int8 latency",
+        "milliseconds",
+        "low",
+        "Median time of the int8 ONNX export for one image on one CPU thread, in onnxruntime.",
+        "deployment",
+    ),
+    Column("int8_size", "int8 size", "bytes", "low", "Size of the int8 ONNX export.", "deployment"),
+    Column(
+        "outliers",
+        "Outliers",
+        "number",
+        "low",
+        "Largest magnitude of an activation in times of that which 0.1 % of all reach, at the worst tap.",
+        "deployment",
+    ),
 )
 
 
@@ -199,6 +249,26 @@ def _training_flops(run: Record) -> float | None:
     return None if per_image is None else float(per_image * at(run.result, "steps") * batch)
 
 
+def _export(run: Record, *, int8: bool) -> dict[str, Any] | None:
+    """Return the ONNX export of the plain student; other formats and networks would be another figure."""
+    alike = (each for each in run.exports if at(each, "format") == "onnx" and at(each, "deployable") is None)
+    return next((each for each in alike if (at(each, "int8") is not None) == int8), None)
+
+
+def _exported(*keys: str, int8: bool) -> Callable[[Record], float | None]:
+    return lambda run: at(_export(run, int8=int8), *keys)
+
+
+def _left_in_float32(run: Record) -> float | None:
+    left = at(_export(run, int8=True), "int8", "left_in_float32")
+    return None if left is None else float(len(left))
+
+
+def _outliers(run: Record) -> float | None:
+    found = [each["outliers"] for each in run.measured.get("ranges", ()) if each["outliers"] is not None]
+    return max(found, default=None)
+
+
 def _seconds(run: Record) -> float:
     return float(at(run.result, "training_seconds")) + teacher_seconds(run.spec)
 
@@ -223,4 +293,12 @@ _MEASURES: dict[str, Callable[[Record], float | None]] = {
     "deployed_parameters": lambda run: at(run.result, "parameters", "deployed"),
     "deployed_flops": lambda run: at(run.result, "flops", "deployed"),
     "latency": lambda run: at(run.measured, "latency", "median_seconds"),
+    "onnx_latency": _exported("latency", "one_thread", "median_seconds", int8=False),
+    "onnx_size": _exported("size_bytes", int8=False),
+    "int8_top1": _exported("accuracy", "artefact", int8=True),
+    "int8_drop": _exported("int8", "drop", int8=True),
+    "int8_left": _left_in_float32,
+    "int8_latency": _exported("latency", "one_thread", "median_seconds", int8=True),
+    "int8_size": _exported("size_bytes", int8=True),
+    "outliers": _outliers,
 }

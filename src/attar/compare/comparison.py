@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -83,7 +83,13 @@ class Plan:
 
 
 def compare(
-    plan: Plan, home: Path, *, jobs: int | None = None, command: str | None = None, console: Console
+    plan: Plan,
+    home: Path,
+    *,
+    jobs: int | None = None,
+    command: str | None = None,
+    measure: Callable[[Sequence[Path]], None] | None = None,
+    console: Console,
 ) -> Analysis:
     """Train whatever is missing of a comparison and write its report: `report.html`, `.md`, `.csv` and `.json`.
 
@@ -95,6 +101,7 @@ def compare(
         home: folder of the comparison.
         jobs: runs at a time; default: one per GPU, else one per processor.
         command: what to type for the same comparison; default: written from the specs.
+        measure: called with the folders of all finished runs before the report is written, to measure them further.
         console: where progress is shown.
 
     Raises:
@@ -134,6 +141,8 @@ def compare(
         for cell in finished:
             if (cost := costs.get(cell.label, 1.0 if cell.label == PLAIN.label else None)) is not None:
                 remember(cell.folder, step={"relative": cost, "threads": threads})
+        if measure is not None:
+            measure([cell.folder for cell in finished])
     return _reported([read_record(folder) for folder in dict.fromkeys(cell.folder for cell in cells)], home, home)
 
 

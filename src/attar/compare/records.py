@@ -29,9 +29,10 @@ class Record:
         result: `result.json`; None while the run is not finished.
         epochs: the lines of its history that end an epoch.
         predictions: the student's answers for the test images; None while the run is not finished.
-        measured: what was measured on the student afterwards: `latency`, `step`, `corruptions`.
+        measured: what was measured on the student afterwards: `latency`, `step`, `corruptions`, `ranges`.
         environment: one entry for each time the run was started.
         failure: why it ended without a result, in a sentence.
+        exports: what `export.json` says of each of its exports.
     """
 
     folder: Path
@@ -42,6 +43,7 @@ class Record:
     measured: dict[str, Any]
     environment: tuple[dict[str, Any], ...]
     failure: str | None
+    exports: tuple[dict[str, Any], ...] = ()
 
 
 def read_records(paths: Iterable[Path]) -> list[Record]:
@@ -78,6 +80,8 @@ def read_record(folder: Path) -> Record:
         measured(folder),
         tuple(_optional(folder / "environment.json", [])),
         None if finished else _optional(folder / FAILURE, {}).get("reason"),
+        # Hidden folders are exports that are still being written, or were interrupted.
+        tuple(read_json(path) for path in sorted(folder.glob("export/[!.]*/export.json"))),
     )
 
 
