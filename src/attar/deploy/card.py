@@ -109,7 +109,8 @@ def _method(name: str, options: Mapping[str, Any]) -> dict[str, Any]:
     return {
         "name": kind.__name__,
         "idea": said.split("\n\n", 1)[0].replace("\n", " "),
-        "source": " ".join(source[1].split()) if source else "",
+        # A path that the docstring breaks at a slash is one word again.
+        "source": " ".join(re.sub(r"(?<=\S)/\n\s*", "/", source[1]).split()) if source else "",
         "options": {**usual, **options},
     }
 
