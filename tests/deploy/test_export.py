@@ -7,6 +7,7 @@ import os
 import signal
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,14 @@ from attar.train.models import make_model
 from exports import copied_run, evil_checkpoint, evil_pickle, finished_run
 
 IMAGES = np.random.default_rng(0).standard_normal((5, 3, 8, 8)).astype(np.float32)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def quick() -> Iterator[None]:
+    """Memory is measured by a process of its own, whose imports take longer than these exports; see test_latency."""
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr("attar.deploy.export.measure_memory", lambda load, shape: None)
+        yield
 
 
 def files(folder: Path) -> list[str]:
