@@ -253,21 +253,21 @@ class _Folded:
     bias: str | None
     scale: str | None
     shift: str | None
-    mean: str
-    variance: str
+    mean: str | None
+    variance: str | None
     epsilon: float
 
 
 def _foldings(network: nn.Module, images: Tensor) -> list[_Folded]:
     """Find them as PT2E does, in the exported graph."""
+    nodes: list[Any] = list(export_program(network, images, None, "PT2E").module().graph.nodes)
     found = []
-    for node in export_program(network, images, None, "PT2E").module().graph.nodes:
-        before = node.args[0] if node.target is _aten.batch_norm.default else None
-        if isinstance(before, fx.Node) and before.target in _CONVOLUTIONS:
-            weight, *bias = before.args[1:3]
-            names = [argument.target if isinstance(argument, fx.Node) else None for argument in node.args[1:5]]
-            own = bias[0].target if bias and isinstance(bias[0], fx.Node) else None
-            found.append(_Folded(weight.target, own, *names, epsilon=node.args[7]))
+    for node in nodes:
+        before: Any = node.args[0] if node.target is _aten.batch_norm.default else None
+        if before is not None and before.target in _CONVOLUTIONS:
+            weight, bias = before.args[1], before.args[2] if len(before.args) > 2 else None
+            names = [None if argument is None else str(argument.target) for argument in (bias, *node.args[1:5])]
+            found.append(_Folded(str(weight.target), names[0], names[1], names[2], names[3], names[4], node.args[7]))
     return found
 
 
@@ -299,12 +299,12 @@ def _taken_back(trained: fx.GraphModule, original: nn.Module, images: Tensor) ->
 
 def _unfold(folded: _Folded, network: nn.Module, original: nn.Module, trained: fx.GraphModule) -> None:
     # Batch norm's own parameters take no part in the training: those of the original are those that were folded.
+    if folded.mean is None or folded.variance is None or folded.shift is None or folded.scale is None:
+        raise AttarError(f"The batch norm behind '{folded.weight}' has no scale and shift: it cannot learn for int8.")
     get = attrgetter(folded.weight)
     weight, bias = get(trained), attrgetter(folded.bias or f"{folded.weight}_bias")(trained)
     deviation = (attrgetter(folded.variance)(original) + folded.epsilon).sqrt()
     mean = attrgetter(folded.mean)(original)
-    if folded.shift is None or folded.scale is None:
-        raise AttarError(f"The batch norm behind '{folded.weight}' has no scale and shift: it cannot learn for int8.")
     scale = attrgetter(folded.scale)(original)
     factor = scale / deviation
     lost = factor.abs() < _SMALLEST

@@ -155,7 +155,7 @@ class Calibrated:
             for name in node.input:
                 readers.setdefault(name, []).append(node)
         outputs = {value.name for value in self.model.graph.output}
-        layers = []
+        layers: list[tuple[str, ...]] = []
         for node in self.model.graph.node:
             if node.op_type in _COMPUTE:
                 after = readers.get(node.output[0], [])

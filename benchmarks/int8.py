@@ -1,0 +1,138 @@
+"""What int8 costs students, and what quantisation-aware distillation gives back: a Markdown table.
+
+    python benchmarks/int8.py RUN ... --markdown benchmarks/int8.md
+
+Each run's student is written as ONNX in float32, quantised after training by every calibration, with layers left in
+float32 until the drop on hold-out images is within the bound, and after quantisation-aware distillation, with and
+without layers left. Test accuracies are measured once each, in onnxruntime; they choose nothing.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import datetime
+import importlib.metadata
+import platform
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+
+import attar.zoo  # noqa: F401 - its networks are registered with timm
+from attar.data import Normalization
+from attar.deploy.artefact import Candidate, Settings
+from attar.deploy.candidate import load_candidate
+from attar.deploy.onnx import ONNX
+from attar.deploy.qat import quantization_aware
+from attar.deploy.quantize import CALIBRATIONS, calibration_images, quantize_onnx
+from attar.deploy.running import measure_runtime, some_of
+from attar.deploy.sensitivity import quantize_within
+
+COLUMNS = ("student", "weights and activations", "top-1", "drop", "agreement", "KiB", "left in float32", "seconds")
+
+
+def rows(run: Path, options: argparse.Namespace) -> Iterator[tuple[str, ...]]:
+    candidate = load_candidate(run, data=options.data)
+    if options.images:
+        limit = some_of(candidate.source.test, options.images)
+        candidate = dataclasses.replace(candidate, source=dataclasses.replace(candidate.source, test=limit))
+    source, student = candidate.source, candidate.student
+    normalization = Normalization(student.mean, student.std)
+    settings = Settings(image_size=source.image_size, batch=None)
+    calibration = calibration_images(source, options.calibration, 0, normalization, source.image_size)
+
+    def accuracy(path: Path) -> float:
+        split = some_of(source.holdout, options.images) if options.images else source.holdout
+        runtime = ONNX().load(path, options.threads)
+        return measure_runtime(runtime, split, normalization, source.num_classes)[0].top1
+
+    with tempfile.TemporaryDirectory() as home:
+        folder = Path(home)
+        told = _Told(candidate, normalization, options.threads, run.name)
+        plain = folder / "float32.onnx"
+        ONNX().write(candidate.network, settings, plain, None)
+        yield told.row("float32", plain)
+        for method in CALIBRATIONS:
+            path = folder / f"{method}.onnx"
+            yield told.row(f"int8, {method}", path, lambda: quantize_onnx(plain, path, calibration, method=method))  # noqa: B023
+        path = folder / "eight.onnx"
+        yield told.row(
+            "int8, minmax, weights of 8 bits", path, lambda: quantize_onnx(plain, path, calibration, weight_bits=8)
+        )
+        path = folder / "within.onnx"
+        bound = f"drop of at most {100 * options.most_drop:g} points on hold-out images"
+        yield told.row(
+            f"int8, {bound}", path, lambda: quantize_within(plain, path, calibration, accuracy, options.most_drop)
+        )
+        if options.epochs:
+            began = time.perf_counter()
+            network = quantization_aware(candidate, epochs=options.epochs, lr=options.lr, console=Console(stderr=True))
+            spent = time.perf_counter() - began
+            learnt = folder / "aware.onnx"
+            ONNX().write(network, settings, learnt, None)
+            kind = f"after {options.epochs} epochs of quantisation-aware distillation"
+            yield told.row(f"float32, {kind}", learnt, spent=spent)
+            path = folder / "aware-int8.onnx"
+            yield told.row(f"int8, {kind}", path, lambda: quantize_onnx(learnt, path, calibration))
+
+
+class _Told:
+    """Measures a student's files, each against the first."""
+
+    def __init__(self, candidate: Candidate, normalization: Normalization, threads: int, name: str) -> None:
+        self.source, self.normalization, self.threads, self.name = candidate.source, normalization, threads, name
+        self.first: Any = None
+
+    def row(
+        self, kind: str, path: Path, write: Callable[[], dict[str, Any] | None] | None = None, spent: float = 0.0
+    ) -> tuple[str, ...]:
+        began = time.perf_counter()
+        found = (write() if write is not None else None) or {}
+        spent += time.perf_counter() - began
+        runtime = ONNX().load(path, self.threads)
+        metrics, answers = measure_runtime(runtime, self.source.test, self.normalization, self.source.num_classes)
+        self.first = self.first or (metrics, answers)
+        drop = 100 * (self.first[0].top1 - metrics.top1)
+        agreement = 100 * (answers.predicted == self.first[1].predicted).mean()
+        left = f"{len(found['left_in_float32'])} nodes" if "left_in_float32" in found else "0"
+        size = f"{path.stat().st_size / 1024:.0f}"
+        shown = f"{100 * metrics.top1:.2f} %", f"{drop:+.2f}", f"{agreement:.2f} %", size, left, f"{spent:.0f}"
+        return (self.name, kind, *shown)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("runs", nargs="+", type=Path, help="folders of finished runs")
+    parser.add_argument("--data", help="where the runs' images lie now")
+    parser.add_argument("--images", type=int, default=0, help="test and hold-out images; 0: all")
+    parser.add_argument("--calibration", type=int, default=256, help="training images that calibrate")
+    parser.add_argument("--most-drop", type=float, default=0.01, help="share of accuracy that int8 may cost")
+    parser.add_argument("--epochs", type=int, default=3, help="of quantisation-aware distillation; 0: none")
+    parser.add_argument("--lr", type=float, default=3e-4, help="of its first step")
+    parser.add_argument("--threads", type=int, default=1, help="of onnxruntime")
+    parser.add_argument("--markdown", type=Path, help="where the table goes, besides the screen")
+    options = parser.parse_args()
+    lines = [f"| {' | '.join(COLUMNS)} |", f"|{'---|' * len(COLUMNS)}"]
+    print("\n".join(lines), flush=True)
+    for run in options.runs:
+        for row in rows(run, options):
+            lines.append(f"| {' | '.join(row)} |")
+            print(lines[-1], flush=True)
+    if options.markdown is not None:
+        versions = ", ".join(
+            f"{name} {importlib.metadata.version(name)}" for name in ("torch", "onnxruntime", "torchao")
+        )
+        processor = torch.cpu.get_capabilities().get("cpu_name") or platform.processor() or platform.machine()
+        head = f"# int8 and what brings it back\n\n{datetime.date.today()}, {processor}, {versions}.\n"
+        tested = f"{options.images} test images" if options.images else "all test images"
+        asked = f"{options.calibration} training images calibrate; {tested}; seed 0.\n"
+        options.markdown.write_text("\n".join([head, asked, *lines]) + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
