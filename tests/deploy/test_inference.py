@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 pytest.importorskip("onnxruntime", reason='needs pip install "attar[export]"')
@@ -22,13 +23,18 @@ from attar.data.images import decode, fit
 from attar.data.reader import FileReader
 from attar.data.workers import decoded_batches
 from attar.deploy import inference_onnx
+from attar.deploy.artefact import Settings
 from attar.deploy.candidate import load_candidate
 from attar.deploy.export import export_run
 from attar.deploy.inference_onnx import Classifier, InferenceError, pixels_of
+from attar.deploy.onnx import ONNX, annotate
+from attar.deploy.packaged import package
+from attar.deploy.report import METADATA, metadata
 from attar.train import evaluate_run
 from attar.train import fit as train
 from attar.train.evaluate import measure
 from attar.train.predictions import Predictions
+from networks import Net
 from runs import quiet, tiny
 
 # What a machine without torch lacks, and much that would not be asked for by mistake alone.
@@ -94,7 +100,7 @@ def shipped(
     home = tmp_path_factory.mktemp("shipped")
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("ATTAR_CACHE", str(home / "cache"))
-        spec = tiny(data=str(photos), image_size=request.param, batch=8, epochs=6, train_limit=None)
+        spec = tiny(data=str(photos), image_size=request.param, batch=8, epochs=4, train_limit=None)
         train(spec, home / "run", console=quiet())
         exported = export_run(home / "run")
         student = load_candidate(home / "run").student
@@ -196,6 +202,35 @@ def test_the_model_and_what_it_must_tell(shipped: Shipped, tmp_path: Path) -> No
     (tmp_path / "model.onnx").write_bytes(model[: len(model) // 2])
     with pytest.raises(InferenceError, match=r"cannot be read \(.*\): copy or export it again\."):
         Classifier(tmp_path)
+
+
+def test_preprocessing_inside_the_graph_changes_no_answer(shipped: Shipped, tmp_path: Path) -> None:
+    told = json.loads((shipped.folder / "export.json").read_text())
+    path = tmp_path / "model.onnx"
+    path.write_bytes((shipped.folder / "model.onnx").read_bytes())
+    package(path, Normalization(told["mean"], told["std"]))
+    annotate(path, metadata({**told, "preprocessing_inside": True}))
+    outside, inside = Classifier(shipped.folder), Classifier(tmp_path)
+    assert (outside.inside, inside.inside) == (False, True)
+    for image in shipped.paths[:5]:
+        one, other = dict(outside(image)), dict(inside(image))
+        assert one == pytest.approx(other, abs=1e-6)
+
+
+def test_a_model_of_several_images_at_a_time_answers_to_one(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    network = Net().eval()
+    told = dict.fromkeys(METADATA)
+    told |= {"classes": ["a", "b", "c"], "image_size": [12, 10], "mean": [0.4] * 3, "std": [0.2] * 3, "crop": 1.0}
+    (tmp_path / "export.json").write_text(json.dumps({**told, "preprocessing_inside": False}))
+    pixels = np.random.default_rng(0).integers(0, 256, (12, 10, 3), np.uint8)
+    data = _encoded(Image.fromarray(pixels), "PNG")
+    with torch.no_grad():
+        expected = network(Normalization((0.4,) * 3, (0.2,) * 3)(pixels[None])).softmax(1)[0]
+    for batch in (3, None):
+        ONNX().write(network, Settings(image_size=(12, 10), batch=batch), tmp_path / "model.onnx", None)
+        found = dict(Classifier(tmp_path)(data))
+        assert [found[name] for name in "abc"] == pytest.approx(expected.tolist(), abs=1e-6)
 
 
 def _without_metadata(model: bytes) -> bytes:
