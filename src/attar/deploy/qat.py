@@ -165,7 +165,7 @@ class LikeOnnxruntime:
 
     Convolutions and linear layers: input, and weight per output channel, symmetric. Additions, products, concatenations
     and poolings: inputs. The outputs of all but linear layers, after ReLU or Clip. ExecuTorch's `XNNPACKQuantizer`
-    has one step for both sides of ReLU6, though it may be followed by the very ranges that ReLU6 cuts off.
+    rounds before ReLU6, in steps that are made for what ReLU6 then cuts off.
 
     Args:
         weight_bits: 7 or 8.
