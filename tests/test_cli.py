@@ -14,6 +14,7 @@ from PIL import Image
 import attar
 from attar.cli import COMMANDS, main
 from attar.cli.words import read_run
+from attar.measured import measured
 from attar.options import Parser
 
 GOOGLENET = ["--model", "torchvision:googlenet", "--model-options", "init_weights=false"]
@@ -168,6 +169,7 @@ def test_methods_shows_a_card_with_options_and_cost(capsys: pytest.CaptureFixtur
     # The published claim on ResNet-32: three branches cost 1.65 times the multiply-adds.
     assert "1.65 times the student's 69.1 M" in out
     assert "deployed 473 k" in out
+    assert str(measured("ONE")[0]) in " ".join(out.split())
 
 
 def test_inspect_shows_stages_cuts_and_methods(capsys: pytest.CaptureFixture[str]) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
@@ -252,6 +252,27 @@ class Distiller(nn.Module):
         self.enter(self._phase_at(epoch, epochs))
         for method in self._methods():
             method.epoch_start(epoch, epochs)
+
+    @property
+    def wants_holdout(self) -> bool:
+        """Whether a method wants to see held-out images once an epoch (`see_holdout`)."""
+        return any(method.wants_holdout for method in self._methods())
+
+    @torch.no_grad()
+    def see_holdout(self, batches: Iterable[tuple[Tensor, Tensor]]) -> None:
+        """Show held-out images to the methods that want them, as an epoch begins.
+
+        Args:
+            batches: images [N, C, H, W] and class indices [N], on the distiller's device; walked through once for each
+                of these methods. Nothing must be trained on them.
+        """
+        modes = {module: module.training for module in self.modules()}
+        self.eval()
+        for method in self._methods():
+            if method.wants_holdout:
+                method.see_holdout(self.student, batches)
+        for module, mode in modes.items():
+            module.training = mode
 
     def _phase_at(self, epoch: int, epochs: int) -> int | None:
         phases = self.phases

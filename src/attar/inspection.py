@@ -35,7 +35,6 @@ __all__ = [
     "method_costs",
     "native_input",
     "specimen",
-    "training_cost",
 ]
 
 
@@ -91,11 +90,6 @@ class Cost:
 def cost(network: nn.Module, images: Tensor) -> Cost:
     """Price the forward pass of a plain network on images [N, C, H, W]."""
     return _cost(network, lambda: network(images), len(images))
-
-
-def training_cost(distiller: Distiller, batch: Batch) -> Cost:
-    """Price the training forward of a built distiller, teachers included, per image of all views."""
-    return _cost(distiller, lambda: distiller(batch, 0.5), len(batch.images) // batch.views)
 
 
 def _cost(network: nn.Module, run: Callable[[], object], images: int) -> Cost:
@@ -167,16 +161,21 @@ def method_cost(
         batch = replace(batch, partners=batch)
     distiller.eval()
     names: dict[str, None] = {}
-    for phase in (*range(len(distiller.phases)), None):
+    for phase in range(len(distiller.phases)):
         distiller.enter(phase)
         with torch.no_grad():
             names |= dict.fromkeys(distiller(batch, 0.5).losses)
+    distiller.enter(None)
+    # The pass that is priced also tells the terms: on large images every pass counts.
+    priced = _cost(
+        distiller, lambda: names.update(dict.fromkeys(distiller(batch, 0.5).losses)), len(batch.images) // batch.views
+    )
     return MethodCost(
         kind.__name__,
         tuple(name.partition(".")[2] for name in names if name != "task"),
         tuple((name, sum(p.numel() for p in child.parameters())) for name, child in method.named_children()),
         tuple(dict.fromkeys(tap.module for tap in method.taps(distiller.anatomy))),
-        training_cost(distiller, batch),
+        priced,
         ", ".join(
             [
                 *(["a teacher"] if method.teachers else []),

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -187,6 +187,8 @@ class Method(nn.Module):
     # Whether every process trains a student of its own, so that a run must not average gradients. The student that is
     # measured and kept is the first process's.
     own_replica: bool = False
+    # Whether the method wants to see held-out images once an epoch.
+    wants_holdout: bool = False
 
     @property
     def name(self) -> str:
@@ -253,6 +255,12 @@ class Method(nn.Module):
 
     def epoch_start(self, epoch: int, epochs: int) -> None:
         """Do what is due once an epoch, outside the compiled step; default: nothing."""
+
+    def see_holdout(self, student: nn.Module, batches: Iterable[tuple[Tensor, Tensor]]) -> None:
+        """Look at images that nothing is trained on, as every epoch but the first begins; default: do not.
+
+        Called where `wants_holdout` is set, without gradients, with the student and the method in evaluation mode.
+        """
 
     def deployables(self, student: nn.Module) -> dict[str, nn.Module]:
         """Return other networks that this training yields besides the plain student (an ensemble, an early exit).

@@ -10,6 +10,7 @@ import attar
 from architectures import HandWritten
 from attar.errors import AttarError
 from attar.functional import collaborative_target, kl_divergence
+from attar.functional.collaborative import error_covariance, general_weights
 from attar.methods import KDCL, Supervised
 from attar.testing import MethodContract
 from networks import IMAGES, LABELS, Net
@@ -107,6 +108,46 @@ def test_the_target_is_better_than_both_of_a_heterogeneous_pair_at_every_step(ru
     assert terms.losses["KDCL.ce_peers"] < started
 
 
+def test_the_general_target_is_the_mean_until_held_out_images_weight_it() -> None:
+    distiller = built(KDCL(peers=HandWritten(3), target="general", ridge=0.0))
+    method, batch = distiller.methods["KDCL"], views(2)
+
+    def expected(weights: Tensor) -> Tensor:
+        z = each_on_its_view(distiller, batch)
+        mixed = sum(w * (own / 2.0).softmax(1) for w, own in zip(weights, z, strict=True)).clamp_min(0.0)
+        mixed = mixed / mixed.sum(1, keepdim=True)
+        return kl_divergence(z[0], temperature=2.0, target_log_probs=mixed.log())
+
+    torch.testing.assert_close(distiller(batch, 0.3).losses["KDCL.kl"], expected(torch.tensor([0.5, 0.5])))
+    images, labels = IMAGES.flip(-1), LABELS
+    with torch.no_grad():
+        for logit in distiller.student.head.parameters():
+            logit.mul_(3.0)  # so that the two do not agree
+    distiller.train()
+    modes = {module: module.training for module in distiller.modules()}
+    statistics = copy.deepcopy(distiller.state_dict())
+    # Two batches of unequal size are the same images as one.
+    distiller.see_holdout([(images[:4], labels[:4]), (images[4:], labels[4:])])
+    assert all(module.training == mode for module, mode in modes.items())
+    distiller.eval()
+    probabilities = [network(images).softmax(1) for network in networks(distiller)]
+    weights = general_weights(error_covariance(probabilities, labels))
+    assert (weights - 0.5).abs().max() > 0.01
+    torch.testing.assert_close(method.mixture, weights)
+    assert all(torch.equal(v, statistics[k]) for k, v in distiller.state_dict().items() if "mixture" not in k)
+    torch.testing.assert_close(distiller(batch, 0.3).losses["KDCL.kl"], expected(weights))
+
+
+def test_only_the_general_target_asks_for_held_out_images() -> None:
+    for rule in RULES:
+        distiller = built(KDCL(target=rule))
+        assert not distiller.wants_holdout
+        before = copy.deepcopy(distiller.state_dict())
+        distiller.see_holdout([(IMAGES, LABELS)])
+        assert all(torch.equal(value, before[name]) for name, value in distiller.state_dict().items())
+    assert built(KDCL(target="general")).wants_holdout
+
+
 def test_one_network_is_plain_training() -> None:
     for rule in RULES:
         distiller = built(KDCL(peers=0, target=rule))
@@ -167,8 +208,8 @@ def test_every_network_can_be_kept() -> None:
         ({"peers": -1}, "KDCL cannot have -1 peers"),
         ({"temperature": 0.0}, "temperature must be positive"),
         ({"weight": -1.0}, "must not be negative"),
-        ({"target": "mean"}, "'minlogit', 'linear' or 'naive', not 'mean'"),
-        ({"target": "general"}, "held-out images once an epoch, which methods are not shown: choose 'minlogit'"),
+        ({"target": "mean"}, "'minlogit', 'linear', 'naive' or 'general', not 'mean'"),
+        ({"ridge": -0.1}, "ridge must not be negative"),
     ],
 )
 def test_bad_options_are_refused(options: dict[str, object], sentence: str) -> None:

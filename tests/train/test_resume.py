@@ -19,6 +19,7 @@ from attar.method import Method
 from attar.methods import available, find
 from attar.spec import TrainSpec, method_options, teacher_options
 from attar.train import Interrupted, fit
+from attar.train.checkpoint import Checkpoints
 from runs import assert_same_run, in_child, kill_after_lines, lines, quiet, tiny, train_in_child
 
 
@@ -119,6 +120,20 @@ class Curriculum(Method):
     def losses(self, outputs: Any, batch: Any, progress: torch.Tensor) -> dict[str, torch.Tensor]:
         self.seen += 1
         return {"phase": outputs.logits.square().mean() * 0.01 * (self.phase + self.seen)}
+
+
+def test_what_held_out_images_have_taught_survives_a_stop(tmp_path: Path) -> None:
+    spec = tiny({"name": "KDCL", "options": {"target": "general"}}, train_limit=160, log_every=1, epochs=3)
+    fit(spec, tmp_path / "whole", console=quiet())
+    steps = len(lines(tmp_path / "whole", "step"))
+    with pytest.raises(Interrupted):
+        fit(spec, tmp_path / "stopped", console=quiet(), stop_after=steps // 3 + 2)
+    state = Checkpoints(tmp_path / "stopped/checkpoints").latest()
+    assert state is not None
+    (mixture,) = (value for name, value in state["distiller"].items() if name.endswith("mixture"))
+    assert not torch.equal(mixture, torch.full((2,), 0.5))
+    fit(spec, tmp_path / "stopped", console=quiet())
+    assert_same_run(tmp_path / "stopped", tmp_path / "whole")
 
 
 def test_methods_that_change_with_the_epoch_resume_inside_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -70,6 +70,7 @@ def _show_method(name: str, model: str, classes: int, image_size: int | None) ->
     images, network = _example(model, classes, image_size, {})
     console = make_console()
     console.print(shown.text, markup=False)
+    console.print("\nMeasured by attar compare, with the default options:" + _measured(kind.__name__), markup=False)
     table = Table("option", "default", "meaning", **PLAIN_TABLE)
     for option, default, meaning in described(method_options(kind), f"{kind.__name__}.", shown.arguments):
         table.add_row(option, default, meaning)
@@ -90,6 +91,12 @@ def _show_method(name: str, model: str, classes: int, image_size: int | None) ->
     if "teacher" in trained.needs:
         console.print(f"  counted with another {model} as the teacher")
     return 0
+
+
+def _measured(method: str) -> str:
+    from attar.measured import measured
+
+    return "".join(f"\n  {found}" for found in measured(method)) or " not yet."
 
 
 def inspect(words: list[str]) -> int:

@@ -22,10 +22,10 @@ from attar.train.predictions import Predictions
 from attar.train.retrieval import Retrieval, measure_retrieval
 from attar.train.student import Student, load_student
 
-__all__ = ["Metrics", "evaluate", "evaluate_run", "measure", "retrieve_run"]
+__all__ = ["EVAL_BATCH", "Metrics", "evaluate", "evaluate_run", "measure", "retrieve_run"]
 
 # One size for every evaluation, whatever the training's: the same batches give the same numbers to the last bit.
-_BATCH = 250
+EVAL_BATCH = 250
 _BINS = 15
 
 
@@ -99,7 +99,7 @@ def measure(
 
     predicted = torch.zeros(len(split), dtype=torch.int64, device=ranks.device)
     confidence, losses = (torch.zeros(len(split), device=ranks.device) for _ in range(2))
-    loader = EvalLoader(split, _BATCH, normalization, ranks.device)
+    loader = EvalLoader(split, EVAL_BATCH, normalization, ranks.device)
     loader.batches = loader.batches[ranks.rank :: ranks.world]
     modes = {module: module.training for module in network.modules()}
     network.eval()

@@ -12,11 +12,11 @@ from typing import Any
 import torch
 from timm.scheduler.scheduler import Scheduler
 from timm.utils import ModelEmaV3
-from torch import nn
+from torch import Tensor, nn
 
 from attar.anatomy import Kept
 from attar.anatomy.split import redraw_
-from attar.data import Loader, Normalization, Sample, Source, augmentation, make_sampler
+from attar.data import EvalLoader, Loader, Normalization, Sample, Source, augmentation, make_sampler
 from attar.data.hashing import hash_counters
 from attar.distiller import Distiller
 from attar.errors import AttarError
@@ -27,7 +27,7 @@ from attar.tasks import Classification
 from attar.train.build import build_methods, build_model, build_source
 from attar.train.cost import PeakMemory
 from attar.train.distributed import Ranks
-from attar.train.evaluate import Metrics, evaluate
+from attar.train.evaluate import EVAL_BATCH, Metrics, evaluate
 from attar.train.memory import memory_format
 from attar.train.meter import Meter, advice
 from attar.train.precision import resolved
@@ -161,6 +161,10 @@ class Run:
     def begin_epoch(self, epoch: int) -> None:
         """Tell the methods that an epoch begins (0-based); one of them may change the student's widths."""
         self.distiller.epoch_start(epoch, self.spec.epochs)
+        if epoch > 0 and self.distiller.wants_holdout:
+            # Every process sees all images with the same batch statistics, and finds the same.
+            self.ranks.share(self.distiller.buffers())
+            self.distiller.see_holdout(_Holdout(self))
         if self.distiller.may_reshape:
             # All processes decide on the same batch statistics.
             self.ranks.share(self.distiller.buffers())
@@ -346,6 +350,19 @@ class Run:
             )
         # As many steps, spread otherwise: the means of the epoch under way are the first process's.
         return state
+
+
+@dataclass(frozen=True)
+class _Holdout:
+    """The hold-out as images and labels, as often as it is walked through."""
+
+    run: Run
+
+    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
+        run = self.run
+        loader = EvalLoader(run.source.splits["holdout"], EVAL_BATCH, run.loader.normalization, run.ranks.device)
+        for images, targets, _ in loader:
+            yield images.contiguous(memory_format=run.memory), targets
 
 
 def _own_replicas(distiller: Distiller) -> bool:

@@ -1,0 +1,65 @@
+"""What the cards say of attar's own comparisons is what the reports say."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+
+import attar
+from attar.measured import Measurement, measured, read_report, write_measured
+
+ROOT = Path(__file__).parent.parent
+KEPT = [found for name in attar.methods.available() for found in measured(name)]
+
+
+def entry(label: str, mean: float | None, p: float = 0.5, role: str = "method") -> dict[str, object]:
+    against = None if mean is None else {"mean": mean, "low": mean - 0.01, "high": mean + 0.01, "p_corrected": p}
+    return {"label": label, "role": role, "seeds": [0, 1, 2], "against_plain": against}
+
+
+def test_every_row_stands_in_its_report() -> None:
+    rows = json.loads((ROOT / "src/attar/measured.json").read_text())
+    assert len(rows) == len(KEPT) > 0  # no row of a method that does not exist
+    for found in KEPT:
+        text = (ROOT / found.report).read_text().replace("−", "-")
+        lines = [line for line in text.splitlines() if re.match(rf"\| {found.method}(\(teachers=[^)]*\))? \| ", line)]
+        wanted = f"| {found.seeds} | {found.points:+.2f} ± "
+        assert any(wanted in line and f"({found.verdict})" in line for line in lines), found
+
+
+def test_default_options_alone_are_taken_from_a_report() -> None:
+    settings = {"model": "cifar_resnet20", "model_options": {"width": 0.5}, "epochs": 8}
+    entries = [
+        entry("plain", None, role="plain"),
+        entry("label smoothing 0.1", 0.02, 0.01, role="smoothing"),
+        entry("ONE", 0.0269, 0.13),
+        entry("ONE(branches=2)", 0.03, 0.01),
+        entry("ONE+SCD", 0.03, 0.01),
+        entry("KD(teachers=runs/teacher)", 0.0327, 0.019),
+        entry("SPKD", -0.16, 0.001),
+        entry("SAD", None),
+    ]
+    found = read_report({"settings": settings, "entries": entries}, "benchmarks/x.md", "digits")
+    assert [(row.method, row.verdict) for row in found] == [
+        ("ONE", "no evidence"),
+        ("KD", "helps"),
+        ("SPKD", "hurts"),
+    ]
+    assert found[0] == Measurement(
+        "ONE", "benchmarks/x.md", "cifar_resnet20 (width 0.5)", "digits", 8, 3, 2.69, 1.69, 3.69, "no evidence"
+    )
+    assert str(found[0]).startswith("+2.69 points of top-1 over plain training (+1.69 to +3.69), no evidence: ")
+
+
+def test_a_report_read_again_replaces_its_rows_and_no_others(tmp_path: Path) -> None:
+    path = tmp_path / "measured.json"
+    settings = {"model": "resnet18", "model_options": {}, "epochs": 1}
+
+    def rows(mean: float, file: str) -> list[Measurement]:
+        return read_report({"settings": settings, "entries": [entry("ONE", mean)]}, file, "digits")
+
+    write_measured(rows(0.01, "a.md"), path)
+    write_measured(rows(0.02, "b.md"), path)
+    write_measured(rows(0.03, "a.md"), path)
+    assert [(row["report"], row["points"]) for row in json.loads(path.read_text())] == [("b.md", 2.0), ("a.md", 3.0)]
