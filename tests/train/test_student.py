@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import subprocess
 import sys
 from pathlib import Path
@@ -12,6 +13,7 @@ import timm
 import torch
 from safetensors.torch import load_file
 
+from attar.errors import AttarError
 from attar.spec import TrainSpec
 from attar.train import fit, load_student
 from attar.train.models import make_model
@@ -104,3 +106,28 @@ def test_spec_of_a_run_is_read_again(one_run: tuple[Path, TrainSpec, dict[str, A
     student = load_student(folder)
     assert student.options == spec.model_options
     assert not student.network.training
+
+
+@pytest.mark.parametrize("option", ["checkpoint_path", "pretrained_cfg", "pretrained_cfg_overlay", "cache_dir"])
+def test_a_strangers_config_reads_no_other_file(option: str, tmp_path: Path) -> None:
+    saved(tmp_path / "student", "cifar_resnet20", width=0.25)
+    path = tmp_path / "student/config.json"
+    config = json.loads(path.read_text())
+    config["attar"]["options"][option] = str(tmp_path / "evil.pt")
+    path.write_text(json.dumps(config))
+    with pytest.raises(AttarError, match=f"option '{option}' would read a file unchecked"):
+        load_student(tmp_path / "student")
+
+
+def test_weights_that_a_student_began_with_are_not_fetched_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    student = saved(tmp_path / "student", "mobilenetv3_small_050")
+    path = tmp_path / "student/config.json"
+    config = json.loads(path.read_text())
+    config["attar"]["options"]["pretrained"] = True
+    path.write_text(json.dumps(config))
+    monkeypatch.setattr("timm.models._builder.load_pretrained", lambda *given, **named: pytest.fail("fetched"))
+    loaded = load_student(tmp_path / "student")
+    with torch.no_grad():
+        assert torch.equal(loaded.network(IMAGES), student.network(IMAGES))

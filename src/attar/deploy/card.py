@@ -117,7 +117,7 @@ def _method(name: str, options: Mapping[str, Any]) -> dict[str, Any]:
 
 def _speed(latency: Latency | None, memory: int | None) -> list[tuple[str, str]]:
     """Return rows of the table: how long the artefact takes, what it needs, and where that was measured."""
-    rows = {}
+    rows: dict[str, str] = {}
     for timing in () if latency is None else (latency["one_thread"], latency["all_threads"]):
         threads = "1 thread" if timing["threads"] == 1 else f"{timing['threads']} threads"
         told = f"median {_time(timing['median_seconds'])}, 95th percentile {_time(timing['p95_seconds'])}"

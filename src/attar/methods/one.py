@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from attar.anatomy import Anatomy, Split, Stage, Tap, replica, split, to_nchw
+from attar.anatomy.branches import BranchNetwork
 from attar.errors import AttarError
 from attar.functional import full_precision, gated_logits, kl_divergence, sigmoid_ramp
 from attar.method import Batch, Method, Outputs, Probe
@@ -169,9 +170,10 @@ class ONE(Method):
         return {"kl": self.kl_weight * sigmoid_ramp(progress, self.ramp)}
 
     def deployables(self, student: nn.Module) -> dict[str, nn.Module]:
-        """ONE-E: the whole ensemble, where accuracy matters more than size."""
+        """Every other branch, and ONE-E: the whole ensemble, where accuracy matters more than size."""
         assert self._stage is not None
-        return {"ensemble": NativeEnsemble(self._split[0], self.tails, self.gate, self._stage)}
+        branches = {f"branch{k}": BranchNetwork(self._split[0].trunk, tail) for k, tail in enumerate(self.tails, 1)}
+        return {**branches, "ensemble": NativeEnsemble(self._split[0], self.tails, self.gate, self._stage)}
 
 
 def _ensemble(logits: Sequence[Tensor], features: Tensor, gate: nn.Module | None) -> Tensor:

@@ -18,6 +18,8 @@ from attar.errors import AttarError, unknown_name
 __all__ = ["load_weights", "make_model"]
 
 _TORCHVISION = "torchvision:"
+# With these timm reads files of its own choice: a saved student's config.json may come from a stranger.
+_READ_FILES = ("cache_dir", "checkpoint_path", "pretrained_cfg", "pretrained_cfg_overlay")
 
 
 def make_model(name: str, num_classes: int, options: Mapping[str, Any] | None = None, in_chans: int = 3) -> nn.Module:
@@ -29,6 +31,11 @@ def make_model(name: str, num_classes: int, options: Mapping[str, Any] | None = 
         AttarError: no such model (with the nearest name), or options that it does not take.
     """
     options = dict(options or {})
+    for option in _READ_FILES:
+        if option in options:
+            raise AttarError(
+                f"Model option '{option}' would read a file unchecked: give weights by themselves instead."
+            )
     if name.startswith(_TORCHVISION):
         known = torchvision.models.list_models(module=torchvision.models)
         short, make, settings = name.removeprefix(_TORCHVISION), torchvision.models.get_model, {}

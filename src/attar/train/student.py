@@ -112,7 +112,9 @@ def load_student(folder: str | Path) -> Student:
     own = config.get("attar") if isinstance(config, dict) else None
     if own is None:
         raise AttarError(f"'{folder / 'config.json'}' was not written by attar: give a finished run's folder.")
-    network = make_model(own["model"], len(own["classes"]), own["options"])
+    # Its weights are here: none are fetched to begin with.
+    options = {name: value for name, value in own["options"].items() if name not in ("pretrained", "weights")}
+    network = make_model(own["model"], len(own["classes"]), options)
     kept = own.get("kept")
     if kept:
         slice_(network, kept)
