@@ -33,9 +33,7 @@ def make_model(name: str, num_classes: int, options: Mapping[str, Any] | None = 
     options = dict(options or {})
     for option in _READ_FILES:
         if option in options:
-            raise AttarError(
-                f"Model option '{option}' would read a file unchecked: give weights by themselves instead."
-            )
+            raise AttarError(f"Model option '{option}' would read a file unchecked: give its weights instead.")
     if name.startswith(_TORCHVISION):
         known = torchvision.models.list_models(module=torchvision.models)
         short, make, settings = name.removeprefix(_TORCHVISION), torchvision.models.get_model, {}
