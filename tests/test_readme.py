@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from PIL import Image
 
 ROOT = Path(__file__).parent.parent
 BLOCK = re.compile(r"(?P<note><!-- set-up: [^\n]*\n)?```(?P<language>\w+)\n(?P<code>.*?)```", re.DOTALL)
@@ -28,6 +29,7 @@ def environment() -> dict[str, str]:
 
 @pytest.mark.timeout(900)
 def test_every_block_runs_in_order(tmp_path: Path) -> None:
+    Image.new("RGB", (40, 30), "orange").save(tmp_path / "photo.jpg")
     for block in REST:
         assert block["language"] in ("bash", "python")
         command = ["bash", "-euo", "pipefail", "-c"] if block["language"] == "bash" else [sys.executable, "-c"]
@@ -38,6 +40,7 @@ def test_every_block_runs_in_order(tmp_path: Path) -> None:
         assert done.returncode == 0, f"{code}\n{done.stdout}\n{done.stderr}"
     assert (tmp_path / "runs/first/result.json").exists()
     assert (tmp_path / "student.pt").exists()
+    assert (tmp_path / "runs/first/export/onnx-int8/model_card.md").exists()
 
 
 def test_two_set_up_commands_which_ci_runs_as_they_stand() -> None:
