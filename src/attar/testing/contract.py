@@ -66,11 +66,12 @@ class MethodContract:
         """Return a built distiller in training mode, the same at every call."""
         torch.manual_seed(0)
         student = self.student()
+        own = torch.Generator().manual_seed(0)  # the method's teachers are drawn from the global one
         with torch.no_grad():
             for parameter in student.parameters():
                 # A classifier that starts at zero answers all images alike: there is nothing to distil yet.
                 if parameter.ndim > 1 and not parameter.any():
-                    parameter.normal_(std=0.02)
+                    parameter.normal_(std=0.02, generator=own)
         distiller = Distiller(student, [self.method()], Classification(self.num_classes))
         return distiller.build(self.batch().images, 2 * self.batch_size).train()
 
