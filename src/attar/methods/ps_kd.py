@@ -35,7 +35,8 @@ class PSKD(Method):
     with `DistributedDataParallel`'s buffers at every step. Deployed: nothing.
 
     When it helps: long trainings of networks with capacity to spare; calibration nearly always gains. In short runs the
-    remembered answers are poor for most of the time.
+    remembered answers are poor for most of the time: in 8 epochs on 5,000 images alpha = 0.8 cost ResNet-20 4 points,
+    alpha = 0.3 nearly none (benchmarks/self_distillation.md).
 
     Args:
         alpha: share of the remembered answer at the end of the run.
