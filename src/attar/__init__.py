@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
-    from attar import deploy, functional, lab, methods, testing, zoo
+    from attar import functional, lab, methods, testing, zoo
     from attar.distiller import Distiller
     from attar.errors import AttarError
     from attar.method import Batch, Method, Outputs, Phase, Probe, Terms
@@ -30,7 +30,6 @@ __all__ = [
     "Probe",
     "Teacher",
     "Terms",
-    "deploy",
     "functional",
     "lab",
     "methods",

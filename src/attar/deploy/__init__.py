@@ -1,5 +1,6 @@
 """The last mile: the stripped student as a file that runs on the board, proved, quantised and measured.
 
+    >>> import attar.deploy
     >>> exported = attar.deploy.export_run("runs/one", "onnx", int8=True)  # doctest: +SKIP
     >>> logits = exported.runtime(images)  # doctest: +SKIP
 
