@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from attar.distiller import Distiller
     from attar.errors import AttarError
     from attar.method import Batch, Method, Outputs, Phase, Probe, Terms
-    from attar.tasks import Classification
+    from attar.tasks import Classification, Segmentation
     from attar.teacher import Normalization, Teacher
 
 __all__ = [
@@ -28,6 +28,7 @@ __all__ = [
     "Outputs",
     "Phase",
     "Probe",
+    "Segmentation",
     "Teacher",
     "Terms",
     "functional",
@@ -41,6 +42,7 @@ _HOMES = {
     "AttarError": "attar.errors",
     "Batch": "attar.method",
     "Classification": "attar.tasks",
+    "Segmentation": "attar.tasks",
     "Distiller": "attar.distiller",
     "Method": "attar.method",
     "Normalization": "attar.teacher",

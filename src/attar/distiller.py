@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 from collections.abc import Iterable, Sequence
 from typing import Any
 
@@ -13,7 +14,7 @@ from attar.anatomy import Anatomy, Kept, Recorder, Tap, overwritten, slice_, sur
 from attar.errors import AttarError, unknown_name
 from attar.method import Batch, Method, Outputs, Phase, Probe, Terms
 from attar.sampling import ClassPairs, Sampling
-from attar.tasks import Classification
+from attar.tasks import Task
 from attar.teacher import Normalization
 
 __all__ = ["Distiller"]
@@ -32,7 +33,7 @@ class Distiller(nn.Module):
     `SyncBatchNorm` and `torch.compile` need nothing special; teachers are no children.
 
     Args:
-        student: any module of images [N, C, H, W] -> logits [N, K].
+        student: any module of images [N, C, H, W] -> logits [N, K], in dense tasks [N, K, H, W].
         methods: the methods that train it; none is plain supervised training.
         task: what labels and the supervised loss mean.
         normalization: the mean and std with which the images are normalised; teachers with their own need it.
@@ -58,7 +59,7 @@ class Distiller(nn.Module):
         self,
         student: nn.Module,
         methods: Sequence[Method] = (),
-        task: Classification | None = None,
+        task: Task | None = None,
         *,
         normalization: Normalization | Sequence[Sequence[float]] | None = None,
         stages: Sequence[str] | None = None,
@@ -71,6 +72,7 @@ class Distiller(nn.Module):
             if names.count(name) > 1:
                 raise AttarError(f"{name} is given {names.count(name)} times: give each method once.")
         refuse_impossible(methods)
+        refuse_dense(methods, task)
         self.student = student
         self.methods = nn.ModuleDict({method.name: method for method in methods})
         self.task = task
@@ -109,10 +111,10 @@ class Distiller(nn.Module):
         return self
 
     def _build(self, images: Tensor, stages: Sequence[str] | None) -> None:
-        anatomy, output = survey(self.student, images, stages, self.task.num_classes)
-        self.task.check_logits(output)
-        self._check_training_output(images)
+        anatomy, output = survey(self.student, images, stages, self.task.num_classes, dense=self.task.dense)
         probe = Probe(self.student, anatomy, self.task, images, self.normalization, self._num_samples, self._kept)
+        probe.check_logits(output)
+        self._check_training_output(probe)
         taps: list[Tap] = []
         for method in self._methods():
             method.build(probe)
@@ -128,14 +130,15 @@ class Distiller(nn.Module):
         self._anatomy = anatomy
         self._example = images
 
-    def _check_training_output(self, images: Tensor) -> None:
+    def _check_training_output(self, probe: Probe) -> None:
         """Refuse now what would be refused at the first step: some networks return auxiliary outputs in training."""
         modes = {module: module.training for module in self.student.modules()}
         buffers = {name: buffer.clone() for name, buffer in self.student.named_buffers()}
+        images = probe.images
         self.student.train()
         try:
             with torch.random.fork_rng([images.device] if images.is_cuda else []), torch.no_grad():
-                self.task.check_logits(self.student(images))
+                probe.check_logits(self.student(images))
         except ValueError as error:
             if "more than 1 value per channel" not in str(error):
                 raise  # one small example image has no batch statistics; the first step will tell
@@ -193,11 +196,13 @@ class Distiller(nn.Module):
         if self._phase is not None:
             return self._phase_step(*self._phase, batch)
         methods = self._methods()
+        batch = self._marked(batch)
         for method in methods:
             batch = method.prepare(batch)
         outputs = self._pass(batch.images)
         task_weight: Tensor | float = 1.0
         losses = {"task": self.task.loss(outputs.logits, batch.targets)}
+        losses |= {name: self.task.loss(logits, batch.targets) for name, logits in outputs.auxiliary.items()}
         weights: dict[str, Tensor | float] = {}
         for method in methods:
             task_weight = task_weight * method.task_weight(progress)
@@ -205,20 +210,24 @@ class Distiller(nn.Module):
             for term, loss in method.losses(outputs, batch, progress).items():
                 losses[f"{method.name}.{term}"] = loss
                 weights[f"{method.name}.{term}"] = declared.get(term, 1.0)
-        return Terms(outputs.logits, losses, {"task": task_weight, **weights})
+        auxiliary = dict.fromkeys(outputs.auxiliary, task_weight * self.task.auxiliary_weight)
+        return Terms(outputs.logits, losses, {"task": task_weight, **auxiliary, **weights})
+
+    def _marked(self, batch: Batch) -> Batch:
+        valid = self.task.valid(batch.targets)
+        return batch if valid is None else dataclasses.replace(batch, valid=valid)
 
     def _pass(self, images: Tensor) -> Outputs:
         if self._recorder is None:
             raise AttarError("Call build(example_images) on the distiller before its first step.")
-        logits, values = self._recorder.run(images)
-        if not isinstance(logits, Tensor):
-            self.task.check_logits(logits)
-        return Outputs(images, logits, values, self.anatomy, self.task.loss, self._pass)
+        output, values = self._recorder.run(images)
+        logits, auxiliary = self.task.logits(output), self.task.auxiliary(output)
+        return Outputs(images, logits, values, self.anatomy, self.task.loss, self._pass, auxiliary)
 
     def _phase_step(self, method: Method, phase: Phase, batch: Batch) -> Terms:
         if self._recorder is None:
             raise AttarError("Call build(example_images) on the distiller before its first step.")
-        batch = method.prepare(batch)
+        batch = method.prepare(self._marked(batch))
         if phase.until is None:
             outputs = self._pass(batch.images)
         else:
@@ -345,7 +354,7 @@ class Distiller(nn.Module):
         modes = {module: module.training for module in self.student.modules()}
         self.student.eval()
         with torch.no_grad():
-            logits: Tensor = self.student(images)
+            logits = self.task.logits(self.student(images))
         for module, mode in modes.items():
             module.training = mode
         return logits
@@ -395,7 +404,7 @@ class Distiller(nn.Module):
         modes = {module: module.training for module in source.modules()}
         source.eval()
         with torch.no_grad():
-            before, after = source(example), stripped(example)
+            before, after = (self.task.logits(network(example)) for network in (source, stripped))
         for module, mode in modes.items():
             module.training = mode
         if not torch.equal(before, after) and not (before.isnan() | (before == after)).all():
@@ -427,6 +436,16 @@ def refuse_other_phases(methods: Sequence[Method]) -> None:
             if other is not method and (other.phases or _reshapes(other)):
                 what = "also changes its widths" if _reshapes(other) else "trains in phases before that"
                 raise AttarError(f"{method.name} changes the student's widths and {other.name} {what}: leave one out.")
+
+
+def refuse_dense(methods: Sequence[Method], task: Task) -> None:
+    """Raise for methods that have no form for one answer per pixel."""
+    for method in methods:
+        if task.dense and method.not_dense:
+            raise AttarError(
+                f"{method.name} cannot train {task.name}, since {method.not_dense}: choose another method "
+                "('attar methods' says which serve it)."
+            )
 
 
 def refuse_impossible(methods: Sequence[Method]) -> None:

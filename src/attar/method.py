@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from attar.anatomy import Anatomy, Kept, Tap
 from attar.sampling import Sampling
-from attar.tasks import Classification
+from attar.tasks import Task
 from attar.teacher import Normalization, Teacher
 
 __all__ = ["Batch", "Method", "Outputs", "Phase", "Probe", "Terms"]
@@ -27,11 +27,12 @@ class Batch:
 
     Args:
         images: [V*N, C, H, W], normalised; several views of the same samples stand view after view.
-        targets: [V*N] class indices, or [V*N, K] soft targets.
+        targets: [V*N] class indices, or [V*N, K] soft targets; in dense tasks masks [V*N, H, W] of class indices.
         index: [V*N] stable sample numbers, for methods that remember samples.
-        labels: [V*N] class indices; None only where mixing has left no single label.
+        labels: [V*N] class indices, or the masks; None only where mixing has left no single label.
         views: V.
         partners: another image of the same class for every image, where a method's `sampling` asks for them.
+        valid: [V*N, H, W] which pixels are not void, in dense tasks; None: every answer counts.
     """
 
     images: Tensor
@@ -40,6 +41,7 @@ class Batch:
     labels: Tensor | None = None
     views: int = 1
     partners: Batch | None = None
+    valid: Tensor | None = None
 
     @classmethod
     def of(cls, batch: Batch | Sequence[Tensor]) -> Batch:
@@ -58,7 +60,8 @@ class Batch:
 
         images, targets = (tensor.to(device, non_blocking=non_blocking) for tensor in (self.images, self.targets))
         partners = self.partners.to(device, non_blocking) if self.partners is not None else None
-        return Batch(images, targets, move(self.index), move(self.labels), self.views, partners)
+        index, labels, valid = move(self.index), move(self.labels), move(self.valid)
+        return Batch(images, targets, index, labels, self.views, partners, valid)
 
 
 @dataclass(frozen=True)
@@ -66,7 +69,8 @@ class Terms:
     """What one training step yields: the student's logits and every named, unweighted loss with its weight.
 
     Args:
-        logits: [V*N, K], the student's own; [0, K] in a phase whose student pass ends before them.
+        logits: [V*N, K], the student's own, in dense tasks [V*N, K, H, W]; [0, K] in a phase whose student pass ends
+            before them.
         losses: scalar tensors by name ("task", "ONE.kl"), in nats or the term's natural unit.
         weights: what multiplies each; the same keys.
     """
@@ -86,12 +90,13 @@ class Outputs:
 
     Args:
         images: what went in, [N, C, H, W].
-        logits: [N, K].
+        logits: [N, K]; in dense tasks [N, K, H, W].
         values: the recorded taps; index the outputs with a `Tap`, `outputs[tap]`.
         anatomy: where the taps are.
         task_loss: the supervised loss, `task_loss(logits, targets)`.
         student: another pass of the same student inside this forward, `student(images) -> Outputs` (rotations,
             partners); wrap it in `torch.no_grad()` for a pass that only teaches.
+        auxiliary: further logits that the network returns in training, by name; the task's loss counts them.
     """
 
     images: Tensor
@@ -100,6 +105,7 @@ class Outputs:
     anatomy: Anatomy
     task_loss: Callable[[Tensor, Tensor], Tensor]
     student: Callable[[Tensor], Outputs]
+    auxiliary: Mapping[str, Tensor] = field(default_factory=dict)
 
     def __getitem__(self, tap: Tap) -> Any:
         return self.values[tap]
@@ -135,11 +141,15 @@ class Probe:
 
     student: nn.Module
     anatomy: Anatomy
-    task: Classification
+    task: Task
     images: Tensor
     normalization: Normalization | None = None
     num_samples: int | None = None
     kept: Kept | None = None
+
+    def check_logits(self, output: object, network: str = "student") -> None:
+        """Refuse a network that does not answer for these images as the task asks."""
+        self.task.check_logits(output, network, size=(self.images.shape[-2], self.images.shape[-1]))
 
 
 @dataclass(frozen=True)
@@ -189,6 +199,8 @@ class Method(nn.Module):
     own_replica: bool = False
     # Whether the method wants to see held-out images once an epoch.
     wants_holdout: bool = False
+    # Why the method has no form for dense tasks, one answer per pixel; empty: it has one.
+    not_dense: str = "it is defined for one label per image"
 
     @property
     def name(self) -> str:

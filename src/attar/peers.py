@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from functools import partial
 from typing import Literal
 
@@ -15,6 +15,7 @@ from attar.anatomy import Anatomy, Recorder, Tap, overwritten, replica, survey
 from attar.errors import AttarError
 from attar.functional import ensemble_log_probs, full_precision
 from attar.method import Batch, Outputs, Probe
+from attar.tasks import Task
 
 __all__ = ["Ensemble", "PeerBatch", "Peers", "one_view_each"]
 
@@ -67,7 +68,7 @@ class Peers(nn.Module):
         self._recorders: list[Recorder] = []
         self._anatomies: list[Anatomy] = []
         self._made_out_of_place: list[list[str]] = []
-        self._task_loss: Callable[[Tensor, Tensor], Tensor] | None = None
+        self._task: Task | None = None
 
     def __len__(self) -> int:
         """How many they are, known before `build`."""
@@ -85,7 +86,7 @@ class Peers(nn.Module):
             AttarError: a given network that is the student, is given twice, begins exactly as another one, refuses the
                 images or does not return [N, num_classes].
         """
-        if self._task_loss is not None:
+        if self._task is not None:
             return  # built again because the student has shrunk, which is nothing to networks of their own
         given = len(self.networks)
         self.networks.extend(replica(probe.student) for _ in range(self._replicas))
@@ -94,10 +95,13 @@ class Peers(nn.Module):
         self.eval()
         for number, network in enumerate(self.networks[:given], 1):
             self._check(network, number, probe)
-        self._task_loss = probe.task.loss
+        self._task = probe.task
         if taps is not None:
             for network in self.networks:
-                anatomy = survey(network, probe.images, None, probe.task.num_classes)[0] if given else probe.anatomy
+                anatomy = probe.anatomy
+                if given:
+                    dense = probe.task.dense
+                    anatomy = survey(network, probe.images, None, probe.task.num_classes, dense=dense)[0]
                 self._anatomies.append(anatomy)
                 self._record(network, taps(anatomy), probe.images)
         for module, mode in modes.items():
@@ -122,7 +126,7 @@ class Peers(nn.Module):
                 f"{name} refuses images of shape {list(probe.images.shape[1:])} ({reason}): "
                 "give a network for the student's images."
             ) from error
-        probe.task.check_logits(output, f"peer {number}")
+        probe.check_logits(output, f"peer {number}")
 
     def _record(self, network: nn.Module, taps: Sequence[Tap], images: Tensor) -> None:
         touched, writers = overwritten(network, taps, images)
@@ -145,20 +149,19 @@ class Peers(nn.Module):
 
     def _pass(self, number: int, images: Tensor) -> Outputs:
         logits, values = self._recorders[number].run(images)
-        assert self._task_loss is not None
+        assert self._task is not None
         anatomy = self._anatomies[number]
-        return Outputs(images, self._logits(logits), values, anatomy, self._task_loss, partial(self._pass, number))
+        return Outputs(images, self._logits(logits), values, anatomy, self._task.loss, partial(self._pass, number))
 
     def _each(self, images: Tensor | Sequence[Tensor]) -> Sequence[Tensor]:
         return [images] * len(self.networks) if isinstance(images, Tensor) else images
 
     def _logits(self, output: object) -> Tensor:
-        if not isinstance(output, Tensor):  # some networks return auxiliary outputs in training only
-            raise AttarError(
-                f"A peer of {self._method} returns a {type(output).__name__} instead of one logits tensor: "
-                "switch its auxiliary outputs off."
-            )
-        return output
+        assert self._task is not None
+        name = f"peer of {self._method}"
+        if self._task.auxiliary(output):  # some networks return them in training only; nothing here would train them
+            raise AttarError(f"The {name} has auxiliary outputs: switch them off.")
+        return self._task.logits(output, name)
 
     def deployables(self, student: nn.Module, mixture: Mixture = "probabilities") -> dict[str, nn.Module]:
         """Return every peer ("peer1", ...) and the mean of student and peers ("ensemble"); nothing without peers."""
@@ -223,7 +226,8 @@ def one_view_each(batch: Batch, peers: int) -> PeerBatch:
     first = _first_view(batch)
     partners = _first_view(batch.partners) if batch.partners is not None else None
     others = batch.images.chunk(batch.views)[1 : 1 + peers]
-    return PeerBatch(first.images, first.targets, first.index, first.labels, 1, partners, tuple(others))
+    own = {part.name: getattr(first, part.name) for part in fields(first)}
+    return PeerBatch(**{**own, "partners": partners, "peer_images": tuple(others)})
 
 
 def _first_view(batch: Batch) -> Batch:
@@ -231,4 +235,5 @@ def _first_view(batch: Batch) -> Batch:
         return None if tensor is None else tensor[: len(batch.images) // batch.views]
 
     images, targets = (tensor[: len(batch.images) // batch.views] for tensor in (batch.images, batch.targets))
-    return replace(batch, images=images, targets=targets, index=first(batch.index), labels=first(batch.labels), views=1)
+    index, labels, valid = first(batch.index), first(batch.labels), first(batch.valid)
+    return replace(batch, images=images, targets=targets, index=index, labels=labels, views=1, valid=valid)

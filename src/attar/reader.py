@@ -12,6 +12,7 @@ from torch import Tensor, compiler, nn
 
 from attar.anatomy import Anatomy, Recorder, Stage, Tap, overwritten, survey
 from attar.errors import AttarError
+from attar.tasks import Task
 from attar.teacher import Normalization, Teacher
 
 __all__ = [
@@ -44,6 +45,8 @@ def adapt_teacher(
     images: Tensor,
     method: str,
     stages: Sequence[str] | None = None,
+    *,
+    task: Task | None = None,
 ) -> Anatomy:
     """Adapt a teacher to the student's images and return its own stages (see `teacher_anatomy`).
 
@@ -52,17 +55,20 @@ def adapt_teacher(
     """
     if teacher.network is student:
         raise AttarError(f"{method}'s teacher is the student itself: give it another, trained network.")
-    teacher.adapt(normalization, images)
-    return teacher_anatomy(teacher, images, stages)
+    teacher.adapt(normalization, images, task)
+    return teacher_anatomy(teacher, images, stages, dense=task is not None and task.dense)
 
 
-def teacher_anatomy(teacher: Teacher, images: Tensor, stages: Sequence[str] | None = None) -> Anatomy:
+def teacher_anatomy(
+    teacher: Teacher, images: Tensor, stages: Sequence[str] | None = None, *, dense: bool = False
+) -> Anatomy:
     """Return the stages of an adapted teacher as it sees these images, which are normalised for the student.
 
     Args:
         teacher: knows how the student's images are normalised.
         images: an example batch [N, C, H, W].
         stages: modules to use as stages, where the user has named some.
+        dense: the teacher answers for every pixel (see `survey`).
 
     Raises:
         AttarError: the teacher refuses the images, a name does not exist, or no stage could be found.
@@ -80,7 +86,7 @@ def teacher_anatomy(teacher: Teacher, images: Tensor, stages: Sequence[str] | No
         pass
     finally:
         handle.remove()
-    return survey(teacher.network, seen[0], stages)[0]
+    return survey(teacher.network, seen[0], stages, dense=dense)[0]
 
 
 def chosen_stages(

@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from attar.errors import AttarError
+from attar.tasks import Task
 
 __all__ = ["Memory", "Normalization", "Teacher"]
 
@@ -35,7 +36,7 @@ class Teacher:
     distributed buckets and `.train()`.
 
     Args:
-        network: returns logits [N, K].
+        network: returns logits [N, K]; in dense tasks [N, K, H, W], which come back at the student's size.
         normalization: the mean and std that the network was trained with; images that arrive normalised for the
             student are re-normalised. None: the network takes the student's images as they are.
         image_size: side of the images the network wants; others are resized (bilinear). None: any size.
@@ -56,9 +57,17 @@ class Teacher:
         self.memory: Memory | None = None
         self._scale: Tensor | None = None
         self._shift: Tensor | None = None
+        self._task: Task | None = None
 
-    def adapt(self, student: Normalization | None, like: Tensor) -> None:
-        """Learn how the student's images are normalised, and move to the device and precision of `like`."""
+    def adapt(self, student: Normalization | None, like: Tensor, task: Task | None = None) -> None:
+        """Learn how the student's images are normalised, and move to the device and precision of `like`.
+
+        Args:
+            student: how the student's images are normalised.
+            like: an image batch on the student's device.
+            task: finds the logits among what the network returns; None: it returns nothing else.
+        """
+        self._task = task
         self.network.to(device=like.device, dtype=like.dtype)
         self._scale = self._shift = None
         if self.normalization is None or student is None or student == self.normalization:
@@ -78,11 +87,16 @@ class Teacher:
     @torch.no_grad()
     def __call__(self, images: Tensor) -> Tensor:
         """Return the teacher's logits [N, K] for images normalised for the student."""
+        size = images.shape[-2:]
         if self._scale is not None and self._shift is not None:
             images = images * self._scale + self._shift
         if self.image_size is not None and images.shape[-2:] != (self.image_size, self.image_size):
             images = F.interpolate(images, size=(self.image_size, self.image_size), mode="bilinear", antialias=True)
-        return self.network(images)  # type: ignore[no-any-return]
+        output = self.network(images)
+        logits: Tensor = output if self._task is None else self._task.logits(output, self.name)
+        if logits.ndim == 4 and logits.shape[-2:] != size:
+            logits = F.interpolate(logits, size=size, mode="bilinear", align_corners=False)
+        return logits
 
     def answer(self, images: Tensor, index: Tensor | None = None, views: int = 1) -> Tensor:
         """Return the logits [V*N, K] for the images of a batch: from `memory` where a run has given it one.

@@ -80,7 +80,12 @@ class Anatomy:
 
 
 def survey(
-    network: nn.Module, images: Tensor, stages: Sequence[str] | None = None, num_classes: int | None = None
+    network: nn.Module,
+    images: Tensor,
+    stages: Sequence[str] | None = None,
+    num_classes: int | None = None,
+    *,
+    dense: bool = False,
 ) -> tuple[Anatomy, Any]:
     """Find the stages of any network in one evaluation pass; return them with the network's output.
 
@@ -92,6 +97,7 @@ def survey(
         images: an example batch, [N, C, H, W].
         stages: module paths to use as stages instead.
         num_classes: width of the output, to recognise the classifier.
+        dense: the network answers for every pixel: its stages are those of its encoder, before resolution grows again.
 
     Raises:
         AttarError: the network refuses the images, a named stage does not exist, or no stage could be found.
@@ -115,7 +121,7 @@ def survey(
         found = [bare.find(name) for name in stages]
     else:
         found = _from_feature_info(network, calls, input_shape, prefix) or _from_shapes(
-            calls, input_shape, prefix, classes
+            _encoder(calls, input_shape, prefix) if dense else calls, input_shape, prefix, classes
         )
     if not found:
         raise AttarError(
@@ -252,6 +258,32 @@ def _from_feature_info(
             return []
         found.append(stage)
     return _without_stem(_one_per_resolution(found), calls)
+
+
+def _encoder(calls: Sequence[Call], input_shape: tuple[int, int, int], prefix: int | None) -> list[Call]:
+    """Return the calls of a dense network before it goes back to higher resolutions.
+
+    Most keep the encoder in their first child. In the others it ends with the last map of the lowest resolution before
+    a larger one; a decoder may pool further down (pyramid pooling), and the first such valley is the encoder's.
+    """
+    areas = []
+    for call in calls:
+        stage = _as_stage(call.module, call.shape, input_shape, None, prefix)
+        areas.append(stage.height * stage.width if stage is not None and stage.height * stage.width > 1 else None)
+    children = [call.module.partition(".")[0] for call in calls]
+    first = [i for i, child in enumerate(children) if child == children[0]]
+    if len({areas[i] for i in first} - {None}) > 1 and len(set(children)) > 1:
+        return [calls[i] for i in first]
+    lowest: int | None = None
+    end = len(calls)
+    for i, area in enumerate(areas):
+        if area is None:
+            continue
+        if lowest is not None and area > lowest and any(later is not None and later > area for later in areas[i:]):
+            end = i
+            break
+        lowest = area if lowest is None else min(lowest, area)
+    return list(calls[:end])
 
 
 def _from_shapes(

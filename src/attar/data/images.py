@@ -11,7 +11,7 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 
 from attar.errors import AttarError
 
-__all__ = ["BadImageError", "Pixels", "decode", "fit", "native_size"]
+__all__ = ["BadImageError", "Pixels", "covering", "decode", "fit", "native_size", "reason"]
 
 Pixels = NDArray[np.uint8]
 _ORIENTATION = 0x0112
@@ -20,16 +20,18 @@ _ORIENTATION = 0x0112
 class BadImageError(AttarError):
     """An image that cannot be read; `name` says which one and `reason` why."""
 
+    kind = "image"
+
     def __init__(self, name: str, reason: str) -> None:
         super().__init__(
-            f"Cannot read image {name} ({reason}): repair or remove it, or skip unreadable images "
+            f"Cannot read {self.kind} {name} ({reason}): repair or remove it, or skip unreadable images "
             "with --skip-bad-images (skip_bad_images=True in Python)."
         )
         self.name = name
         self.reason = reason
 
     def __reduce__(self) -> tuple[type[BadImageError], tuple[str, str]]:
-        return BadImageError, (self.name, self.reason)
+        return type(self), (self.name, self.reason)
 
 
 def decode(data: bytes | Pixels, name: str, draft: int | None = None) -> Image.Image:
@@ -57,10 +59,11 @@ def decode(data: bytes | Pixels, name: str, draft: int | None = None) -> Image.I
     except (MemoryError, BadImageError):
         raise
     except Exception as error:  # decoders raise almost anything on a damaged file: OSError, SyntaxError, struct.error
-        raise BadImageError(name, _reason(error)) from error
+        raise BadImageError(name, reason(error)) from error
 
 
-def _reason(error: Exception) -> str:
+def reason(error: Exception) -> str:
+    """Return what a decoder complains about, in one line."""
     if isinstance(error, UnidentifiedImageError):
         return "it is not an image"
     return (str(error).splitlines() or [type(error).__name__])[0].rstrip(".")
@@ -78,14 +81,21 @@ def _to_rgb(image: Image.Image) -> Image.Image:
     return image.convert("RGB")
 
 
-def fit(image: Image.Image, size: tuple[int, int]) -> Image.Image:
-    """Resize (bilinear, antialiased) so that `image` just covers size = (height, width), then crop its centre."""
+def covering(image: tuple[int, int], size: tuple[int, int]) -> tuple[int, int]:
+    """Return the (height, width) at which an image of that shape just covers `size`."""
+    scale = max(size[0] / image[0], size[1] / image[1])
+    return max(size[0], round(image[0] * scale)), max(size[1], round(image[1] * scale))
+
+
+def fit(
+    image: Image.Image, size: tuple[int, int], resampling: Image.Resampling = Image.Resampling.BILINEAR
+) -> Image.Image:
+    """Resize (antialiased) so that `image` just covers size = (height, width), then crop its centre."""
     height, width = size
     if (image.height, image.width) == size:
         return image
-    scale = max(height / image.height, width / image.width)
-    covering = (max(width, round(image.width * scale)), max(height, round(image.height * scale)))
-    image = image.resize(covering, Image.Resampling.BILINEAR)
+    cover = covering((image.height, image.width), size)
+    image = image.resize(cover[::-1], resampling)
     left, top = (image.width - width) // 2, (image.height - height) // 2
     return image.crop((left, top, left + width, top + height))
 

@@ -13,7 +13,14 @@ from attar.functional.collaborative import (
     mutual_divergences,
 )
 from attar.functional.layers import layer_pairs, linear_ramp
-from attar.functional.logits import ensemble_log_probs, full_precision, gated_logits, kl_divergence, sigmoid_ramp
+from attar.functional.logits import (
+    ensemble_log_probs,
+    full_precision,
+    gated_logits,
+    kl_divergence,
+    masked_mean,
+    sigmoid_ramp,
+)
 from attar.functional.mmd import linear_mmd
 from attar.functional.neighbours import nearest, squared_distances
 from attar.functional.similarity import batch_similarity, similarity_distance
@@ -41,6 +48,7 @@ __all__ = [
     "linear_mmd",
     "linear_ramp",
     "linear_weights",
+    "masked_mean",
     "mutual_divergences",
     "nearest",
     "prediction_churn",

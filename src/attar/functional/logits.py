@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-__all__ = ["ensemble_log_probs", "full_precision", "gated_logits", "kl_divergence", "sigmoid_ramp"]
+__all__ = ["ensemble_log_probs", "full_precision", "gated_logits", "kl_divergence", "masked_mean", "sigmoid_ramp"]
 
 
 def full_precision(x: Tensor) -> Tensor:
@@ -25,13 +25,15 @@ def kl_divergence(
     shift: float = 0.0,
     squared_temperature: bool = True,
     constant_target: bool = True,
+    valid: Tensor | None = None,
 ) -> Tensor:
     """Distillation's soft-label loss: the KL divergence from the target to the prediction, both at temperature T.
 
     Definition: `T^2 (1/N) sum_n sum_c t_nc (log t_nc - log softmax(z_n / T)_c)` with `t = softmax(target / T)`.
     The target is a constant, and no gradient reaches it, unless `constant_target` is switched off.
 
-    Shapes: `logits` and the target [N, C] or [N, C, ...]; with further axes the mean runs over all of them too.
+    Shapes: `logits` and the target [N, C] or [N, C, ...]; with further axes the mean runs over all of them too, or over
+    those that `valid` [N, ...] marks.
     Returns a scalar in nats.
 
     Args:
@@ -41,6 +43,8 @@ def kl_divergence(
         target_log_probs: log t, already at temperature T (an ensemble of teachers has no logits of its own).
         shift: added to every entry of t before its logarithm and not renormalised; ONE's code uses 1e-7.
         squared_temperature: False leaves out the factor T^2.
+        valid: which answers count, of the shape of `logits` without C; default: all of them. Where none does the loss
+            is 0.
         constant_target: False lets the target learn too, for targets that are made to be learnt (OKDDip's attention).
 
     Raises:
@@ -65,9 +69,18 @@ def kl_divergence(
     if shift:
         t = t + shift
         log_t = t.log()
-    rows = log_p.numel() // log_p.shape[1]
     factor = temperature**2 if squared_temperature else 1.0
+    if valid is not None:
+        return factor * masked_mean((t * (log_t - log_p)).sum(dim=1), valid)
+    rows = log_p.numel() // log_p.shape[1]
     return (t * (log_t - log_p)).sum() * (factor / rows)
+
+
+def masked_mean(values: Tensor, valid: Tensor | None) -> Tensor:
+    """Return the mean of the values [N, ...] that a mask of their shape marks, all without one; 0 where none is."""
+    if valid is None:
+        return values.mean()
+    return (values * valid).sum() / valid.sum().clamp(min=1)
 
 
 def ensemble_log_probs(logits: Sequence[Tensor], temperature: float = 1.0) -> Tensor:
@@ -84,13 +97,14 @@ def ensemble_log_probs(logits: Sequence[Tensor], temperature: float = 1.0) -> Te
 def gated_logits(logits: Sequence[Tensor], gate: Tensor) -> Tensor:
     """Mix branch logits with one weight per sample and branch: `z_e[n] = sum_b g[n, b] z_b[n]`.
 
-    Shapes: B tensors [N, C] and a gate [N, B] whose rows sum to one; returns [N, C].
+    Shapes: B tensors [N, C] (or [N, C, ...]) and a gate [N, B] whose rows sum to one; returns the tensors' shape.
     Source: Lan, Zhu, Gong, "Knowledge Distillation by On-the-Fly Native Ensemble", NeurIPS 2018.
     """
     stacked = torch.stack([full_precision(z) for z in logits], dim=1)
     if gate.shape != stacked.shape[:2]:
         raise ValueError(f"The gate {list(gate.shape)} must be [N, B] = {list(stacked.shape[:2])}.")
-    return (full_precision(gate).unsqueeze(-1) * stacked).sum(dim=1)
+    weights = full_precision(gate).view(*gate.shape, *[1] * (stacked.ndim - 2))
+    return (weights * stacked).sum(dim=1)
 
 
 def sigmoid_ramp(progress: Tensor, length: float) -> Tensor:

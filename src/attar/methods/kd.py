@@ -78,8 +78,8 @@ class KD(Method):
         for teacher in self._teachers:
             if teacher.network is probe.student:
                 raise AttarError("KD's teacher is the student itself: give it another, trained network.")
-            teacher.adapt(probe.normalization, probe.images)
-            probe.task.check_logits(teacher(probe.images), network=teacher.name)
+            teacher.adapt(probe.normalization, probe.images, probe.task)
+            probe.check_logits(teacher(probe.images), network=teacher.name)
 
     def taps(self, anatomy: Anatomy) -> Sequence[Tap]:
         """None: only logits are compared."""

@@ -115,7 +115,7 @@ class SPKD(Method):
         for teacher in self._teachers:
             if teacher.network is probe.student:
                 raise AttarError("SPKD's teacher is the student itself: give an earlier training, or no teacher.")
-            teacher.adapt(probe.normalization, probe.images)
+            teacher.adapt(probe.normalization, probe.images, probe.task)
             anatomy = teacher_anatomy(teacher, probe.images, self.teacher_stages)
             theirs = chosen_stages(anatomy, self.teacher_stages, self.layers)
             pairs = paired_stages(self._stages, theirs, method="SPKD", teacher=teacher.name, named=named)

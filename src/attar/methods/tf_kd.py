@@ -124,8 +124,8 @@ class TfKD(Method):
                     f"TfKD's {teacher.name} is another network than the student: give an earlier training of the same "
                     "network, or use KD."
                 )
-            teacher.adapt(probe.normalization, probe.images)
-            probe.task.check_logits(teacher(probe.images), network=teacher.name)
+            teacher.adapt(probe.normalization, probe.images, probe.task)
+            probe.check_logits(teacher(probe.images), network=teacher.name)
 
     def taps(self, anatomy: Anatomy) -> Sequence[Tap]:
         """None: only logits are compared."""

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+from typing import ClassVar
+
 import torch.nn.functional as F
 from torch import Tensor
 
 from attar.errors import AttarError
 from attar.functional import full_precision
+from attar.tasks.task import Task
 
 __all__ = ["Classification"]
 
 
-class Classification:
+class Classification(Task):
     """Single-label image classification over K classes.
 
     Definition: `loss(z, y) = -(1/N) sum_n sum_k q_nk log softmax(z_n)_k`, where q is one-hot for class indices and
@@ -26,6 +29,9 @@ class Classification:
         AttarError: fewer than two classes, logits that are not [N, K], labels outside 0..K-1.
     """
 
+    name: ClassVar[str] = "classification"
+    dense: ClassVar[bool] = False
+
     def __init__(self, num_classes: int) -> None:
         if num_classes < 2:
             raise AttarError(f"Classification needs at least two classes, not {num_classes}.")
@@ -38,14 +44,20 @@ class Classification:
             targets = targets.to(logits.dtype)
         return F.cross_entropy(logits, targets, label_smoothing=label_smoothing)
 
-    def check_logits(self, logits: object, network: str = "student") -> None:
+    def logits(self, output: object, network: str = "student") -> Tensor:
+        """Return the tensor itself: a classifier returns nothing else."""
+        if not isinstance(output, Tensor):
+            raise AttarError(
+                f"The {network} returns a {type(output).__name__} instead of one logits tensor "
+                f"[N, {self.num_classes}]: switch its auxiliary outputs off or wrap it so that it returns the logits "
+                "alone."
+            )
+        return output
+
+    def check_logits(self, output: object, network: str = "student", *, size: tuple[int, int] | None = None) -> None:
         """Refuse a network whose output is not one tensor [N, num_classes]."""
         wanted = f"[N, {self.num_classes}]"
-        if not isinstance(logits, Tensor):
-            raise AttarError(
-                f"The {network} returns a {type(logits).__name__} instead of one logits tensor {wanted}: "
-                "switch its auxiliary outputs off or wrap it so that it returns the logits alone."
-            )
+        logits = self.logits(output, network)
         if logits.ndim != 2 or logits.shape[1] != self.num_classes:
             raise AttarError(
                 f"The {network} returns {list(logits.shape)} instead of {wanted}: "
