@@ -16,6 +16,9 @@ from attar.errors import AttarError, unknown_name
 __all__ = ["Anatomy", "Stage", "survey"]
 
 
+_CONTAINERS = (nn.Sequential, nn.ModuleList, nn.ModuleDict)
+
+
 @dataclass(frozen=True)
 class Stage:
     """A maximal run of layers at one resolution; `tap` reads its output as a map [N, channels, height, width]."""
@@ -37,6 +40,7 @@ class Call:
     input_shape: tuple[int, ...] | None
     leaf: bool
     layers: int  # weights with two axes or more, in the module and below it
+    container: bool = False  # it only calls its children
 
 
 @dataclass(frozen=True)
@@ -140,9 +144,10 @@ def _record_calls(network: nn.Module, images: Tensor) -> tuple[list[Call], Any]:
 
     def hook_for(name: str, leaf: bool, layers: int) -> Callable[[nn.Module, Any, Any], None]:
         def hook(module: nn.Module, args: Any, output: Any) -> None:
+            container = isinstance(module, _CONTAINERS)
             shape = tuple(output.shape) if isinstance(output, Tensor) else None
             into = tuple(args[0].shape) if args and isinstance(args[0], Tensor) else None
-            calls.append(Call(name, shape, into, leaf, layers))
+            calls.append(Call(name, shape, into, leaf, layers, container))
 
         return hook
 
@@ -300,8 +305,36 @@ def _from_shapes(
     while len(main) > 1 and main[0][1].channels == classes:
         main.pop(0)  # a convolution as classifier: class maps are the head's
     main.reverse()
-    found = _without_stem(_one_per_resolution([stage for _, stage in main]), calls)
+    found = _without_stem(_one_per_resolution([stage for _, stage in _outermost(main, calls)]), calls)
     return found if len(found) > 1 else _quarters(main) or found
+
+
+def _outermost(main: Sequence[tuple[Call, Stage]], calls: Sequence[Call]) -> list[tuple[Call, Stage]]:
+    """Of every resolution leave the maps inside the fewest blocks that go on to a lower one.
+
+    The first convolution of a block that strides later is the last map of the higher resolution, but belongs to the
+    lower one: the stage ends before that block.
+    """
+    ends = {call.module: call.shape for call in calls if not call.container}
+
+    def inside(stage: Stage) -> int:
+        parts = stage.name.split(".")
+        blocks = (ends.get(".".join(parts[:depth])) for depth in range(1, len(parts)))
+        return sum(1 for shape in blocks if shape and len(shape) == 4 and _lower(shape, stage))
+
+    depths = [inside(stage) for _, stage in main]
+    fewest: dict[tuple[int, int], int] = {}
+    for (_, stage), depth in zip(main, depths, strict=True):
+        key = (stage.height, stage.width)
+        fewest[key] = min(depth, fewest.get(key, depth))
+    return [pair for pair, depth in zip(main, depths, strict=True) if depth == fewest[(pair[1].height, pair[1].width)]]
+
+
+def _lower(shape: tuple[int, ...], stage: Stage) -> bool:
+    """Whether a map's shape, in either layout, is of lower resolution than a stage."""
+    return min(shape[2] * shape[3], shape[1] * shape[2]) < stage.height * stage.width and (
+        (shape[2] <= stage.height and shape[3] <= stage.width) or (shape[1] <= stage.height and shape[2] <= stage.width)
+    )
 
 
 def _without_stem(stages: list[Stage], calls: Sequence[Call]) -> list[Stage]:

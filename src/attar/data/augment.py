@@ -27,6 +27,9 @@ __all__ = [
     "crop_flip",
     "crop_flip_torch",
     "finish",
+    "inside",
+    "jitter",
+    "jitter_factors",
 ]
 
 _AUGMENTATION = 2  # separates these draws from those of the order under the same seed
@@ -80,10 +83,8 @@ class Augmentation:
         flip = unit[_FLIP] < 0.5 if self.flip else np.zeros(len(index), dtype=bool)
         factors = None
         if self.color > 0:
-            jitter = np.stack([unit[quantity] for quantity in (_BRIGHTNESS, _CONTRAST, _SATURATION, _HUE)])
-            factors = (2 * jitter - 1) * self.color
-            factors[:3] += 1
-            factors[3] *= np.pi / 4
+            colors = np.stack([unit[quantity] for quantity in (_BRIGHTNESS, _CONTRAST, _SATURATION, _HUE)])
+            factors = jitter_factors(colors, self.color)
         boxes = None
         if self.erase > 0:
             area = (0.02 + 0.18 * unit[_AREA]) * (size[0] * size[1])
@@ -139,6 +140,14 @@ def augmentation(name: str) -> Augmentation:
     if name not in AUGMENTATIONS:
         raise unknown_name("augmentation", name, AUGMENTATIONS)
     return AUGMENTATIONS[name]
+
+
+def jitter_factors(unit: NDArray[np.float64], strength: float) -> NDArray[np.float64]:
+    """Turn draws [4, N] in [0, 1) into brightness, contrast, saturation (factors) and hue (radians)."""
+    factors = (2 * unit - 1) * strength
+    factors[:3] += 1
+    factors[3] *= np.pi / 4
+    return factors
 
 
 def crop_flip(images: Pixels, draws: Draws) -> Pixels:
@@ -209,13 +218,14 @@ def finish(images: Pixels | Tensor, draws: Draws | None, normalization: Normaliz
     if draws is None or draws.factors is None:
         result = normalization(images)
     else:
-        result = _jittered(images, draws.factors, normalization)
+        result = jitter(images, draws.factors, normalization)
     if draws is not None and draws.boxes is not None:
-        result.masked_fill_(_inside(draws.boxes, result), 0.0)  # 0 is the mean once normalised
+        result.masked_fill_(inside(draws.boxes, result), 0.0)  # 0 is the mean once normalised
     return result
 
 
-def _jittered(images: Pixels | Tensor, factors: NDArray[np.float64], normalization: Normalization) -> Tensor:
+def jitter(images: Pixels | Tensor, factors: NDArray[np.float64], normalization: Normalization) -> Tensor:
+    """Change the colours of uint8 [N, H, W, 3] by `factors` [4, N] and normalise: float32 [N, 3, H, W]."""
     from kornia import enhance
 
     pixels = images if isinstance(images, Tensor) else torch.from_numpy(images)
@@ -233,7 +243,7 @@ def _jittered(images: Pixels | Tensor, factors: NDArray[np.float64], normalizati
     return normalized
 
 
-def _inside(boxes: NDArray[np.int64], images: Tensor) -> Tensor:
+def inside(boxes: NDArray[np.int64], images: Tensor) -> Tensor:
     """Return [N, 1, H, W]: which pixels lie in each image's box."""
     y0, y1, x0, x1 = _to(boxes, images.device)[:, :, None, None, None]
     y = torch.arange(images.shape[2], device=images.device)[:, None]

@@ -10,7 +10,7 @@ import numpy as np
 from attar.data.reader import FileReader, Origin
 from attar.errors import AttarError, unknown_name
 
-__all__ = ["open_folder"]
+__all__ = ["list_images", "open_folder"]
 
 _EXTENSIONS = frozenset([".jpg", ".jpeg", ".png", ".ppm", ".pgm", ".pbm", ".bmp", ".gif", ".tif", ".tiff", ".webp"])
 _TEST_NAMES = ("test", "val", "validation", "valid")
@@ -38,7 +38,7 @@ def _open(directory: Path) -> Origin:
     split = train.is_dir() and bool(_folders(train))
     root = train if split else directory
     class_folders = _folders(root)
-    images = {folder.name: _images(folder) for folder in class_folders}
+    images = {folder.name: list_images(folder) for folder in class_folders}
     if not any(images.values()):
         loose = next((path for path in sorted(root.iterdir()) if path.suffix.lower() in _EXTENSIONS), None)
         if loose is not None:
@@ -57,7 +57,7 @@ def _test(directory: Path, classes: tuple[str, ...]) -> FileReader | None:
     root = next((directory / name for name in _TEST_NAMES if (directory / name).is_dir()), None)
     if root is None:
         return None
-    images = {folder.name: _images(folder) for folder in _folders(root)}
+    images = {folder.name: list_images(folder) for folder in _folders(root)}
     if not any(images.values()):
         raise AttarError(f"'{root}' holds no images in class folders: add some or remove the folder.")
     stranger = next((name for name in images if name not in classes), None)

@@ -13,7 +13,19 @@ from attar.data.cache import is_storage_error
 from attar.data.reader import Origin, stat_key
 from attar.errors import AttarError, unknown_name
 
-__all__ = ["HuggingFaceReader", "open_hub", "open_parquet"]
+__all__ = [
+    "HuggingFaceReader",
+    "Tables",
+    "encoded",
+    "find_image_column",
+    "load_hub",
+    "load_parquet",
+    "open_hub",
+    "open_parquet",
+]
+
+Cell = Mapping[str, Any]
+Tables = tuple[Mapping[str, Any], Callable[[Any], str]]  # splits by name, and the key of a split's images
 
 _IMAGE_COLUMNS = ("image", "img")
 _LABEL_COLUMNS = ("label", "fine_label", "labels", "target", "class")
@@ -46,17 +58,21 @@ class HuggingFaceReader:
 
     def read(self, row: int) -> bytes:
         """Return the encoded image; images that the table only points to are read from their path."""
-        cell = self._cell(row)
-        if cell["bytes"] is not None:
-            return bytes(cell["bytes"])
-        if cell["path"] and Path(cell["path"]).is_file():
-            return Path(cell["path"]).read_bytes()
-        return b""
+        return encoded(self._cell(row))
 
-    def _cell(self, row: int) -> Mapping[str, Any]:
+    def _cell(self, row: int) -> Cell:
         if self._cells is None:
             self._cells = self.dataset.with_format("arrow")[:][self.column]
         return self._cells[row].as_py() or {"bytes": None, "path": None}
+
+
+def encoded(cell: Cell) -> bytes:
+    """Return the encoded image of a table's cell; one that it only points to is read from its path."""
+    if cell["bytes"] is not None:
+        return bytes(cell["bytes"])
+    if cell["path"] and Path(cell["path"]).is_file():
+        return Path(cell["path"]).read_bytes()
+    return b""
 
 
 def open_parquet(
@@ -67,6 +83,15 @@ def open_parquet(
     Raises:
         AttarError: no such folder, no parquet files in it, damaged files, columns that cannot be told.
     """
+    return _origin(f"parquet:{directory}", *load_parquet(directory, cache), image_column, label_column)
+
+
+def load_parquet(directory: Path, cache: Path) -> Tables:
+    """Return the tables of the parquet files under `directory`.
+
+    Raises:
+        AttarError: no such folder, no parquet files in it, damaged files.
+    """
     if not directory.is_dir():
         raise AttarError(f"There is no folder '{directory}': give the folder that holds the parquet files.")
     files = sorted(directory.rglob("*.parquet"))
@@ -74,7 +99,7 @@ def open_parquet(
         raise AttarError(f"'{directory}' holds no .parquet files: give the folder that holds them.")
     # Our own cache, so that ATTAR_CACHE governs all the space that local files take.
     splits = _load(f"'{directory}'", "parquet", data_dir=str(directory.absolute()), cache_dir=str(cache / "parquet"))
-    return _origin(f"parquet:{directory}", splits, lambda _: stat_key(files), image_column, label_column)
+    return splits, lambda _: stat_key(files)
 
 
 def open_hub(name: str, image_column: str | None = None, label_column: str | None = None) -> Origin:
@@ -83,13 +108,22 @@ def open_hub(name: str, image_column: str | None = None, label_column: str | Non
     Raises:
         AttarError: unknown id, no connection, a configuration that must be chosen, columns that cannot be told.
     """
+    return _origin(f"hf:{name}", *load_hub(name), image_column, label_column)
+
+
+def load_hub(name: str) -> Tables:
+    """Return the tables of a hub data set by id, `owner/name` or `owner/name:configuration`.
+
+    Raises:
+        AttarError: unknown id, no connection, a configuration that must be chosen.
+    """
     path, _, configuration = name.partition(":")
     splits = _load(f"the Hugging Face data set '{path}'", path, configuration or None)
 
     def key(split: Any) -> str:
         return stat_key(Path(file["filename"]) for file in split.cache_files)
 
-    return _origin(f"hf:{name}", splits, key, image_column, label_column)
+    return splits, key
 
 
 def _load(what: str, *arguments: Any, **options: Any) -> Mapping[str, Any]:
@@ -122,7 +156,7 @@ def _origin(
     if train_name in _TEST_SPLITS:
         raise AttarError(f"'{name}' has no train split, only {', '.join(splits)}: training needs one.")
     train = splits[train_name]
-    image = _image_column(train.features, image_column)
+    image = find_image_column(train.features, image_column)
     label = _label_column(train.features, label_column, image)
     classes, numbers = _classes(train, label)
 
@@ -136,7 +170,8 @@ def _origin(
     return Origin(name, classes, reader(train_name), test)
 
 
-def _image_column(features: Mapping[str, Any], asked: str | None) -> str:
+def find_image_column(features: Mapping[str, Any], asked: str | None) -> str:
+    """Return the column of the images, as asked or as it can be told."""
     from datasets import Image
 
     if asked is not None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from typing import NamedTuple
+from typing import NamedTuple, cast
 
 import numpy as np
 import torch
@@ -12,6 +12,9 @@ from torch import Tensor
 
 from attar.data.augment import Augmentation, Draws, Normalization, crop_flip, crop_flip_torch, finish
 from attar.data.images import Pixels
+from attar.data.joint import JointAugmentation, JointDraws, Placed, finish_joint, joint_augmentation, place
+from attar.data.joint_workers import decoded_pairs
+from attar.data.masks import MaskedReader
 from attar.data.prefetch import prefetch
 from attar.data.samplers import Sampler, rank_slice
 from attar.data.sources import Split
@@ -31,7 +34,8 @@ class Sample(NamedTuple):
 
     Attributes:
         images: [V*N, C, H, W] float32, channels-last, normalised; the N images of view 0, then those of view 1, ...
-        targets: [V*N] int64 class indices, in the same order.
+        targets: [V*N] int64 class indices, in the same order; in segmentation [V*N, H, W] int64 masks, void being
+            `VOID`.
         index: [V*N] int64 numbers of the images in the original data (`Split.index`).
     """
 
@@ -45,11 +49,12 @@ class Loader:
 
     Small images are gathered and augmented by one background thread (on a GPU: by the GPU, and a data set of up to
     2 GiB lies there whole); large ones are decoded by worker processes. Nothing draws from torch's random state.
+    Masks go the same ways as their images.
 
     Args:
         split: the images.
         sampler: chooses the global batch of every step; this rank takes its `rank_slice`.
-        augmentation: what to do to each image.
+        augmentation: what to do to each image; for images with masks, a `JointAugmentation`.
         normalization: the student's input normalisation, or its (mean, std), usually those of the source.
         device: where batches are wanted.
         rank: this process among those that share each batch.
@@ -61,14 +66,14 @@ class Loader:
         depth: batches prepared ahead.
 
     Raises:
-        AttarError: an empty split.
+        AttarError: an empty split, or an augmentation that is not for its kind of images.
     """
 
     def __init__(
         self,
         split: Split,
         sampler: Sampler,
-        augmentation: Augmentation,
+        augmentation: Augmentation | JointAugmentation,
         normalization: Normalization | MeanStd,
         device: torch.device | str = "cpu",
         *,
@@ -80,6 +85,13 @@ class Loader:
         workers: int | None = None,
         depth: int = 2,
     ) -> None:
+        if isinstance(augmentation, JointAugmentation) != (split.coding is not None):
+            kinds = ("images without masks", "images with masks")
+            this, other = kinds if isinstance(augmentation, Augmentation) else kinds[::-1]
+            raise AttarError(
+                f"The augmentation '{augmentation.name}' is for {this}, but the {split.name} split has {other}: take "
+                "it from augmentation(name, task) of the data's task."
+            )
         self.split = split
         self.sampler = sampler
         self.augmentation = augmentation
@@ -121,14 +133,20 @@ class Loader:
     def _sample(self, positions: Indices, epoch: int) -> Sample:
         positions, draws = self._views(positions, epoch)
         pixels = self._images.gather(self.split.rows[positions])
+        if isinstance(draws, JointDraws):
+            masks = self._images.gather_masks(self.split.rows[positions])
+            placed = place(torch.as_tensor(pixels), masks, draws, self.normalization.mean)
+            return self._images.sample(positions, finish_joint(placed, draws, self.normalization), placed.masks)
         cropped = crop_flip_torch(pixels, draws) if isinstance(pixels, Tensor) else crop_flip(pixels, draws)
         return self._images.sample(positions, finish(cropped, draws, self.normalization))
 
-    def _views(self, positions: Indices, epoch: int) -> tuple[Indices, Draws]:
+    def _views(self, positions: Indices, epoch: int) -> tuple[Indices, Draws | JointDraws]:
         """Return the positions repeated view after view, and what to do to each."""
         view = np.repeat(np.arange(self.views), len(positions))
         positions = np.tile(positions, self.views)
         index = self.split.index[positions]
+        if isinstance(self.augmentation, JointAugmentation):
+            return positions, self.augmentation.draw(self.seed, epoch, index, view)
         return positions, self.augmentation.draw(self.split.image_size, self.seed, epoch, index, view)
 
     def _from_workers(self, parts: Sequence[Indices], epoch: int) -> Iterator[Sample]:
@@ -136,6 +154,13 @@ class Loader:
             [(int(index), epoch, view) for view in range(self.views) for index in self.split.index[positions]]
             for positions in parts
         ]
+        if isinstance(self.augmentation, JointAugmentation):
+            pairs = self._images.pairs(plan, self.augmentation, self.seed, self.normalization.mean, self.workers)
+            for part, placed in zip(parts, pairs, strict=True):
+                positions, draws = self._views(part, epoch)
+                assert isinstance(draws, JointDraws)
+                yield self._images.sample(positions, finish_joint(placed, draws, self.normalization), placed.masks)
+            return
         decoded = decoded_batches(
             self.split.reader,
             plan,
@@ -147,6 +172,7 @@ class Loader:
         )
         for part, batch in zip(parts, decoded, strict=True):
             positions, draws = self._views(part, epoch)  # the crop and flip in it were for small images
+            assert isinstance(draws, Draws)
             yield self._images.sample(positions, finish(self._images.received(batch), draws, self.normalization))
 
 
@@ -154,7 +180,8 @@ class EvalLoader:
     """Every image of a split exactly once over all ranks, in order, not augmented, normalised as in training.
 
     Rank r iterates over the r-th of `world` contiguous parts whose sizes differ by at most one: no image is padded in
-    or seen twice, so sums over ranks are exact. Ranks may have unequal numbers of batches (none, for fewer images than
+    or seen twice, so sums over ranks are exact. Images with masks are seen whole, resized to cover the size the student
+    sees, then centre-cropped, as small images always are. Ranks may have unequal numbers of batches (none, for fewer images than
     ranks).
 
     Args:
@@ -201,12 +228,23 @@ class EvalLoader:
 
     def _sample(self, positions: Indices) -> Sample:
         pixels = self._images.gather(self.split.rows[positions])
-        return self._images.sample(positions, finish(pixels, None, self.normalization))
+        masks = None if self.split.coding is None else self._images.gather_masks(self.split.rows[positions])
+        return self._images.sample(positions, finish(pixels, None, self.normalization), masks)
 
     def _from_workers(self) -> Iterator[Sample]:
+        plan: list[list[Item]] = [
+            [(int(index), 0, 0) for index in self.split.index[positions]] for positions in self.batches
+        ]
+        if self.split.coding is not None:
+            unchanged, mean = joint_augmentation("none"), self.normalization.mean
+            pairs = self._images.pairs(plan, unchanged, 0, mean, self.workers)
+            for positions, placed in zip(self.batches, pairs, strict=True):
+                images = placed.images if placed.images.is_cuda else placed.images.numpy()
+                yield self._images.sample(positions, finish(images, None, self.normalization), placed.masks)
+            return
         decoded = decoded_batches(
             self.split.reader,
-            [[(int(index), 0, 0) for index in self.split.index[positions]] for positions in self.batches],
+            plan,
             self.split.image_size,
             None,
             0,
@@ -230,8 +268,11 @@ class _Images:
         self.split = split
         self.device = device
         self.resident: Tensor | None = None
+        self.resident_masks: Tensor | None = None
         if device.type != "cpu" and split.pixels is not None and split.pixels.nbytes <= _RESIDENT_BYTES:
             self.resident = torch.from_numpy(np.array(split.pixels)).to(device)
+            if split.masks is not None:
+                self.resident_masks = torch.from_numpy(np.array(split.masks)).to(device)
 
     def gather(self, rows: Indices) -> Pixels | Tensor:
         """Return uint8 [N, H, W, C]: an array when training is on the CPU, else a tensor on the device."""
@@ -240,13 +281,45 @@ class _Images:
         assert self.split.pixels is not None
         return self.received(torch.from_numpy(self.split.pixels[rows]))
 
+    def gather_masks(self, rows: Indices) -> Tensor:
+        """Return uint8 [N, H, W] on the device."""
+        if self.resident_masks is not None:
+            return self.resident_masks.index_select(0, self._move(torch.from_numpy(rows)))
+        assert self.split.masks is not None
+        return self._move(torch.from_numpy(self.split.masks[rows]))
+
+    def pairs(
+        self,
+        plan: Sequence[Sequence[Item]],
+        augmentation: JointAugmentation,
+        seed: int,
+        mean: tuple[float, ...],
+        workers: int,
+    ) -> Iterator[Placed]:
+        """Yield large images and their masks, decoded by workers, on the device."""
+        assert self.split.coding is not None
+        for images, masks, boxes in decoded_pairs(
+            cast(MaskedReader, self.split.reader),
+            self.split.coding,
+            plan,
+            self.split.image_size,
+            augmentation,
+            seed,
+            mean,
+            workers=workers,
+            pin_memory=self.device.type == "cuda",
+        ):
+            yield Placed(self._move(images), self._move(masks), boxes)
+
     def received(self, pixels: Tensor) -> Pixels | Tensor:
         """Take images from the CPU's memory towards the device."""
         return pixels.numpy() if self.device.type == "cpu" else self._move(pixels)
 
-    def sample(self, positions: Indices, images: Tensor) -> Sample:
-        """Add labels and numbers to the images at `positions`."""
+    def sample(self, positions: Indices, images: Tensor, masks: Tensor | None = None) -> Sample:
+        """Add labels, or uint8 masks [N, H, W], and numbers to the images at `positions`."""
         targets, index = (torch.from_numpy(values[positions]) for values in (self.split.targets, self.split.index))
+        if masks is not None:
+            return Sample(images, masks.long(), self._move(index))
         return Sample(images, self._move(targets), self._move(index))
 
     def _move(self, values: Tensor) -> Tensor:

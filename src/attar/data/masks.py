@@ -14,16 +14,29 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from attar.data.images import BadImageError, Pixels, decode, native_size, reason
+from attar.data.images import BadImageError, Pixels, decode, fit, native_size, reason
 from attar.data.reader import Reader
 from attar.errors import AttarError
 
-__all__ = ["VOID", "BadMaskError", "MaskCoding", "MaskedReader", "decode_mask", "mask_coding", "read_pair"]
+__all__ = [
+    "VOID",
+    "BadMaskError",
+    "ClassNames",
+    "MaskCoding",
+    "MaskedOrigin",
+    "MaskedReader",
+    "decode_mask",
+    "fit_mask",
+    "mask_coding",
+    "read_pair",
+]
 
 VOID = 255
 _MOST_CLASSES = 255  # 0..254: one byte a pixel, and one value left for void
+_LARGEST_VALUE = 65535  # of 16 bits
 _SINGLE_CHANNEL = ("1", "L", "P", "I", "I;16", "I;16B", "I;16L", "I;16N")
 
+ClassNames = Sequence[str] | str | Path | None  # the names, or the path of a file that holds them
 Values = tuple[tuple[int, ...], ...]
 
 
@@ -35,6 +48,18 @@ class MaskedReader(Reader, Protocol):
 
     def read_mask(self, row: int) -> bytes:
         """Return the encoded mask."""
+
+
+@dataclass(frozen=True)
+class MaskedOrigin:
+    """Images with masks as they come: class names (empty: unknown), what mask values mean, and the splits there are."""
+
+    name: str
+    classes: tuple[str, ...]
+    coding: MaskCoding
+    train: MaskedReader
+    validation: MaskedReader | None
+    test: MaskedReader | None
 
 
 class BadMaskError(BadImageError):
@@ -90,7 +115,7 @@ class MaskCoding:
             return self.values.index(value)
         if value == (self.ignore_index,) or value in self.ignored:
             return VOID
-        if self.values is None and code < (self.num_classes or _MOST_CLASSES):
+        if self.values is None and 0 <= code < (self.num_classes or _MOST_CLASSES):
             return code
         raise AttarError(f"Mask {name} holds the {self._unknown(value)}")
 
@@ -107,7 +132,9 @@ class MaskCoding:
                 "the value in classes.json, under 'values' or 'ignored'."
             )
         if self.num_classes is None:
-            return f"{shown}but there can be at most {_MOST_CLASSES} classes: say which value is void with ignore_index."
+            return (
+                f"{shown}but there can be at most {_MOST_CLASSES} classes: say which value is void with ignore_index."
+            )
         return (
             f"{shown}but the {self.num_classes} classes are 0..{self.num_classes - 1} and void is "
             f"{self.ignore_index}: correct the mask, name all classes, or say which value is void with ignore_index."
@@ -120,9 +147,7 @@ def _codes(colors: NDArray[Any]) -> NDArray[np.int32]:
     return codes
 
 
-def mask_coding(
-    given: Sequence[str] | str | Path | None, beside: Path | None, ignore_index: int | None
-) -> tuple[tuple[str, ...], MaskCoding]:
+def mask_coding(given: ClassNames, beside: Path | None, ignore_index: int | None) -> tuple[tuple[str, ...], MaskCoding]:
     """Return class names (empty where nothing tells them) and what mask values mean.
 
     The file is JSON: `{"names": [...], "ignore_index": 255}`, and where value k does not mean class k also `values`
@@ -148,8 +173,8 @@ def mask_coding(
         raise AttarError("Two classes have the same name: name every class differently.")
     _check_number(names)
     void = ignore_index if ignore_index is not None else told.get("ignore_index", VOID)
-    if not isinstance(void, int) or void < 0:
-        raise AttarError(f"The ignore_index must be a mask's value, 0 or more, not {void!r}.")
+    if type(void) is not int or not 0 <= void <= _LARGEST_VALUE:
+        raise AttarError(f"The ignore_index must be a mask's value, from 0 to {_LARGEST_VALUE}, not {void!r}.")
     coding = MaskCoding(len(names) or None, void, told.get("values"), told.get("ignored", ()))
     if coding.values is None and void < len(names):
         raise AttarError(
@@ -174,7 +199,7 @@ def _read(path: Path) -> dict[str, Any]:
         raise AttarError(f"Cannot read the classes in '{path}' ({cause}): repair the file.") from error
     names = told.get("names") if isinstance(told, dict) else None
     if not isinstance(names, list) or not names or not all(isinstance(name, str) for name in names):
-        raise AttarError(f"'{path}' does not name the classes: let it hold {{\"names\": [...], \"ignore_index\": 255}}.")
+        raise AttarError(f'\'{path}\' does not name the classes: let it hold {{"names": [...], "ignore_index": 255}}.')
     known = {"names", "ignore_index", "values", "colors", "ignored"}
     strange = sorted(told.keys() - known)
     if strange:
@@ -199,7 +224,7 @@ def _values(told: dict[str, Any], key: str, colored: bool, path: Path) -> Values
     listed = told[key] if isinstance(told[key], list) else [None]
     values = tuple(tuple(value) if isinstance(value, list) else (value,) for value in listed)
     for value in values:
-        whole = all(type(part) is int and 0 <= part <= (255 if colored else 65535) for part in value)
+        whole = all(type(part) is int and 0 <= part <= (255 if colored else _LARGEST_VALUE) for part in value)
         if not whole or len(value) != (3 if colored else 1):
             raise AttarError(f"'{key}' in '{path}' must list {wanted}.")
     return values
@@ -237,6 +262,11 @@ def decode_mask(data: bytes, name: str, coding: MaskCoding) -> Pixels:
     if raw.dtype == bool:
         raw = raw.astype(np.uint8)
     return coding.classes(raw, name)
+
+
+def fit_mask(mask: Pixels, size: tuple[int, int]) -> Pixels:
+    """Do with a mask [h, w] what `fit` does with its image, each pixel taking the class nearest to it."""
+    return np.asarray(fit(Image.fromarray(mask), size, Image.Resampling.NEAREST))
 
 
 def read_pair(

@@ -8,12 +8,13 @@ import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 from numpy.typing import NDArray
 
 from attar.data.images import BadImageError, Pixels, decode, fit, native_size
+from attar.data.masks import VOID, MaskCoding, MaskedReader, fit_mask, read_pair
 from attar.data.reader import Reader
 from attar.errors import AttarError
 
@@ -37,6 +38,9 @@ class Scan:
         digests: [M] 64-bit digest of each decoded image.
         sizes: [M, 2] height and width before resizing.
         skipped: names of the images left out because they cannot be read.
+        masks: [M, H, W] uint8 classes, or None when images have no masks or are too large to keep.
+        mask_digests: [M] 64-bit digest of each mask at that size, or None when images have no masks.
+        largest: [M] largest class of each mask as it comes, -1 where all is void, or None when images have no masks.
     """
 
     pixels: Pixels | None
@@ -45,23 +49,35 @@ class Scan:
     digests: NDArray[np.uint64]
     sizes: NDArray[np.int64]
     skipped: tuple[str, ...]
+    masks: Pixels | None = None
+    mask_digests: NDArray[np.uint64] | None = None
+    largest: NDArray[np.int64] | None = None
 
 
 def scan_chunks(
-    reader: Reader, size: tuple[int, int], *, keep_pixels: bool, skip_bad_images: bool, progress: Progress | None
+    reader: Reader,
+    size: tuple[int, int],
+    *,
+    keep_pixels: bool,
+    skip_bad_images: bool,
+    progress: Progress | None,
+    coding: MaskCoding | None = None,
 ) -> Iterator[Scan]:
     """Decode all images in order, a chunk at a time, at `size` = (height, width); consume to the end or close.
 
+    With a `coding` the reader is a `MaskedReader`, and every mask is read and checked too.
+
     Raises:
-        BadImageError: an unreadable image, unless they are skipped.
-        AttarError: no readable image at all.
+        BadImageError: an unreadable image or mask, unless they are skipped.
+        AttarError: no readable image at all, or a mask that does not fit its image or the coding.
     """
     total = len(reader)
     step = max(1, min(256, _CHUNK_BYTES // (size[0] * size[1] * 3)))
     starts = range(0, total, step)
 
     def decode_chunk(start: int) -> Scan:
-        return _decode(reader, range(start, min(start + step, total)), size, keep_pixels, skip_bad_images)
+        rows = range(start, min(start + step, total))
+        return _decode(reader, rows, size, keep_pixels, skip_bad_images, coding)
 
     report = _Bar(total) if progress is None else progress
     threads = _threads(reader)
@@ -83,7 +99,10 @@ def scan_chunks(
 
 
 def join(chunks: list[Scan], pixels: Pixels | None) -> Scan:
-    """Concatenate the chunks of one pass; `pixels` are given separately because on disk they are already one file."""
+    """Concatenate the chunks of one pass; `pixels` are given separately because on disk they are already one file.
+
+    Masks, which lie beside them, are left out.
+    """
     return Scan(
         pixels,
         np.concatenate([chunk.rows for chunk in chunks]),
@@ -91,20 +110,42 @@ def join(chunks: list[Scan], pixels: Pixels | None) -> Scan:
         np.concatenate([chunk.digests for chunk in chunks]),
         np.concatenate([chunk.sizes for chunk in chunks]),
         tuple(name for chunk in chunks for name in chunk.skipped),
+        mask_digests=_concatenated([chunk.mask_digests for chunk in chunks]),
+        largest=_concatenated([chunk.largest for chunk in chunks]),
     )
 
 
-def _decode(reader: Reader, rows: range, size: tuple[int, int], keep_pixels: bool, skip_bad_images: bool) -> Scan:
+def _concatenated(parts: list[NDArray[Any] | None]) -> NDArray[Any] | None:
+    there = [part for part in parts if part is not None]
+    return np.concatenate(there) if there else None
+
+
+def _decode(
+    reader: Reader,
+    rows: range,
+    size: tuple[int, int],
+    keep_pixels: bool,
+    skip_bad_images: bool,
+    coding: MaskCoding | None,
+) -> Scan:
     pixels = np.empty((len(rows), *size, 3), np.uint8)
+    masks = np.empty((len(rows), *size), np.uint8) if coding is not None else None
     kept: list[int] = []
     sizes: list[tuple[int, int]] = []
     digests: list[int] = []
     skipped: list[str] = []
+    mask_digests: list[int] = []
+    largest: list[int] = []
+    # Kept pixels are what the student sees, so they are decoded in full; a reduced decode is for moments only.
+    draft = None if keep_pixels else max(size)
     for row in rows:
         try:
-            data = reader.read(row)
-            # Kept pixels are what the student sees, so they are decoded in full; a reduced decode is for moments only.
-            image = decode(data, reader.name(row), draft=None if keep_pixels else max(size))
+            if coding is None:
+                data = reader.read(row)
+                image = decode(data, reader.name(row), draft)
+                native = native_size(data) or (image.height, image.width)  # a reduced decode hides the true size
+            else:
+                image, mask, native = read_pair(cast(MaskedReader, reader), row, coding, draft)
         except BadImageError as error:
             if not skip_bad_images:
                 raise
@@ -112,8 +153,13 @@ def _decode(reader: Reader, rows: range, size: tuple[int, int], keep_pixels: boo
             continue
         slot = pixels[len(kept)]
         slot[:] = np.asarray(fit(image, size))
-        digests.append(int.from_bytes(hashlib.blake2b(slot.data, digest_size=8).digest(), "little"))
-        sizes.append(native_size(data) or (image.height, image.width))  # a reduced decode hides the true size
+        digests.append(_digest(slot))
+        if masks is not None:
+            masks[len(kept)] = fit_mask(mask, size)
+            mask_digests.append(_digest(masks[len(kept)]))
+            valid = mask[mask != VOID]
+            largest.append(int(valid.max(initial=0)) if len(valid) else -1)
+        sizes.append(native)
         kept.append(row)
     pixels = pixels[: len(kept)]
     values = pixels.reshape(len(kept), size[0] * size[1], 3).astype(np.float32)
@@ -125,7 +171,14 @@ def _decode(reader: Reader, rows: range, size: tuple[int, int], keep_pixels: boo
         np.array(digests, dtype=np.uint64),
         np.array(sizes, dtype=np.int64).reshape(-1, 2),
         tuple(skipped),
+        masks[: len(kept)] if masks is not None and keep_pixels else None,
+        np.array(mask_digests, dtype=np.uint64) if masks is not None else None,
+        np.array(largest, dtype=np.int64) if masks is not None else None,
     )
+
+
+def _digest(values: Pixels) -> int:
+    return int.from_bytes(hashlib.blake2b(values.data, digest_size=8).digest(), "little")
 
 
 def _threads(reader: Reader) -> int:

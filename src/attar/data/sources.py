@@ -41,6 +41,10 @@ class Split:
         index: [N] int64 number of each image in the original data; skipping unreadable images or another hold-out
             does not change it, so tables and caches per image may be kept under it.
         index_bound: one more than the largest `index` the original data can hold.
+        masks: in segmentation [M, H, W] uint8 class of each pixel, `VOID` where there is none, that `rows` point into as
+            into `pixels`; None in classification and when images are decoded in workers. `targets` are then zeros,
+            so that whatever draws by class draws at random.
+        coding: in segmentation, what the values of the masks on disk mean; None in classification.
     """
 
     name: str
@@ -51,6 +55,8 @@ class Split:
     targets: NDArray[np.int64]
     index: NDArray[np.int64]
     index_bound: int
+    masks: Pixels | None = None
+    coding: MaskCoding | None = None
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -75,6 +81,10 @@ class Source:
         fingerprint: 32 hexadecimal digits over the decoded images, labels, split and class names: equal on two machines
             exactly when they would train and test on the same numbers.
         default_augmentation: name of the augmentation that suits the images.
+        task: `classification` or `segmentation`.
+        ignore_index: in segmentation, the value of void pixels in masks as they are given out: always `VOID`, 255.
+        void: names of the masks without a single labelled pixel.
+        remarks: sentences on what was assumed about the data.
     """
 
     name: str
@@ -90,6 +100,10 @@ class Source:
     skipped: tuple[str, ...]
     fingerprint: str
     default_augmentation: str
+    task: str = "classification"
+    ignore_index: int | None = None
+    void: tuple[str, ...] = ()
+    remarks: tuple[str, ...] = ()
 
     @property
     def num_classes(self) -> int:
@@ -114,6 +128,10 @@ def open_source(
     data_root: str | Path | None = None,
     cache_dir: str | Path | None = None,
     progress: Progress | None = None,
+    task: str = "classification",
+    mask_column: str | None = None,
+    classes: ClassNames = None,
+    ignore_index: int | None = None,
 ) -> Source:
     """Open images by name: `digits`, a torchvision name, a folder, `parquet:DIR` or `hf:owner/name[:configuration]`.
 
@@ -133,12 +151,20 @@ def open_source(
         data_root: where torchvision's files are or go; default `<cache>/torchvision`.
         cache_dir: default: environment variable `ATTAR_CACHE`, else `~/.cache/attar`.
         progress: called with (images done, images in all); default a progress bar on a terminal after two seconds.
+        task: `classification`, or `segmentation` for images with masks, as `open_masked_source` says.
+        mask_column: segmentation: column of the masks in Hugging Face data, when it cannot be told.
+        classes: segmentation: the class names, or the path of a JSON file with them.
+        ignore_index: segmentation: the value of void pixels on disk; default: what that file says, else 255.
 
     Raises:
         AttarError: unknown name, no images, one class, labels out of range, an unreadable image, an empty split,
-            a class too small to split, no space.
+            a class too small to split, no space; in segmentation also any malformed mask.
     """
     root = cache_root(cache_dir)
+    if not 0 <= holdout < 1:
+        raise AttarError(f"The hold-out must be a fraction from 0 to below 1, not {holdout}.")
+    if task == "segmentation":
+        return _open_masked()
     origin = _open_origin(str(name), root, Path(data_root or root / "torchvision"), image_column, label_column)
     _check(origin)
     if not 0 <= holdout < 1:
