@@ -16,14 +16,12 @@ from torch import Tensor
 
 from attar.data.hashing import uniform
 from attar.data.images import Pixels
-from attar.errors import unknown_name
 
 __all__ = [
     "AUGMENTATIONS",
     "Augmentation",
     "Draws",
     "Normalization",
-    "augmentation",
     "crop_flip",
     "crop_flip_torch",
     "finish",
@@ -129,17 +127,6 @@ AUGMENTATIONS: dict[str, Augmentation] = {
         Augmentation("strong", crop=True, flip=True, color=0.4, erase=0.25),
     )
 }
-
-
-def augmentation(name: str) -> Augmentation:
-    """Return the augmentation called `name`.
-
-    Raises:
-        AttarError: no such name; the nearest one is suggested.
-    """
-    if name not in AUGMENTATIONS:
-        raise unknown_name("augmentation", name, AUGMENTATIONS)
-    return AUGMENTATIONS[name]
 
 
 def jitter_factors(unit: NDArray[np.float64], strength: float) -> NDArray[np.float64]:

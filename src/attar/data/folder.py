@@ -76,7 +76,12 @@ def _folders(root: Path) -> list[Path]:
     return sorted(path for path in root.iterdir() if path.is_dir() and not path.name.startswith((".", "__")))
 
 
-def _images(folder: Path) -> list[Path]:
+def list_images(folder: Path) -> list[Path]:
+    """Return the image files under `folder`, at any depth, sorted; hidden ones are passed over.
+
+    Raises:
+        OSError: a folder that may not be read.
+    """
     found = []
     for parent, folders, files in os.walk(folder, onerror=_raise):
         folders[:] = [name for name in folders if not name.startswith((".", "__"))]

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from attar.data.augment import Augmentation, Draws, Normalization, crop_flip, crop_flip_torch, finish
 from attar.data.images import Pixels
-from attar.data.joint import JointAugmentation, JointDraws, Placed, finish_joint, joint_augmentation, place
+from attar.data.joint import JOINT_AUGMENTATIONS, JointAugmentation, JointDraws, Placed, finish_joint, place
 from attar.data.joint_workers import decoded_pairs
 from attar.data.masks import MaskedReader
 from attar.data.prefetch import prefetch
@@ -180,9 +180,8 @@ class EvalLoader:
     """Every image of a split exactly once over all ranks, in order, not augmented, normalised as in training.
 
     Rank r iterates over the r-th of `world` contiguous parts whose sizes differ by at most one: no image is padded in
-    or seen twice, so sums over ranks are exact. Images with masks are seen whole, resized to cover the size the student
-    sees, then centre-cropped, as small images always are. Ranks may have unequal numbers of batches (none, for fewer images than
-    ranks).
+    or seen twice, so sums over ranks are exact. Ranks may have unequal numbers of batches (none, for fewer images than
+    ranks). Large images with masks are resized just to cover the student's size, as small images always are.
 
     Args:
         split: the images.
@@ -236,7 +235,7 @@ class EvalLoader:
             [(int(index), 0, 0) for index in self.split.index[positions]] for positions in self.batches
         ]
         if self.split.coding is not None:
-            unchanged, mean = joint_augmentation("none"), self.normalization.mean
+            unchanged, mean = JOINT_AUGMENTATIONS["none"], self.normalization.mean
             pairs = self._images.pairs(plan, unchanged, 0, mean, self.workers)
             for positions, placed in zip(self.batches, pairs, strict=True):
                 images = placed.images if placed.images.is_cuda else placed.images.numpy()

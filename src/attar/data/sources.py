@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections import Counter
-from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -13,107 +11,19 @@ from attar.data.cache import cache_root, cached_scan
 from attar.data.digits import open_digits
 from attar.data.folder import open_folder
 from attar.data.huggingface import open_hub, open_parquet
-from attar.data.images import BadImageError, Pixels, native_size
+from attar.data.masked_sources import open_masked_source
+from attar.data.masks import ClassNames
 from attar.data.reader import Origin, Reader, check_labels, digest
 from attar.data.scan import Progress, Scan
+from attar.data.splits import Source, Split, asked_size, native_sizes, part, statistics
 from attar.data.torchvision_sets import TORCHVISION_NAMES, open_torchvision
-from attar.errors import AttarError, did_you_mean
+from attar.errors import AttarError, did_you_mean, unknown_name
 
 __all__ = ["CACHED_UP_TO", "Source", "Split", "open_source"]
 
 CACHED_UP_TO = 128  # pixels a side: up to here images are decoded once and kept, above they are decoded in workers
 _LARGE_SIZE = 224
 _TEST_FRACTION = 0.2
-_PROBED = 256
-
-
-@dataclass(frozen=True)
-class Split:
-    """One split of a source: N images, their labels and their numbers in the original data.
-
-    Attributes:
-        name: `train`, `holdout` or `test`.
-        image_size: (height, width) of the images as the student sees them.
-        pixels: [M, H, W, 3] uint8 that `rows` point into (memory-mapped), or None when images are decoded in workers.
-        reader: where images that are not kept are read from, by `index`.
-        rows: [N] rows of `pixels`.
-        targets: [N] int64 class of each image.
-        index: [N] int64 number of each image in the original data; skipping unreadable images or another hold-out
-            does not change it, so tables and caches per image may be kept under it.
-        index_bound: one more than the largest `index` the original data can hold.
-        masks: in segmentation [M, H, W] uint8 class of each pixel, `VOID` where there is none, that `rows` point into as
-            into `pixels`; None in classification and when images are decoded in workers. `targets` are then zeros,
-            so that whatever draws by class draws at random.
-        coding: in segmentation, what the values of the masks on disk mean; None in classification.
-    """
-
-    name: str
-    image_size: tuple[int, int]
-    pixels: Pixels | None
-    reader: Reader
-    rows: NDArray[np.int64]
-    targets: NDArray[np.int64]
-    index: NDArray[np.int64]
-    index_bound: int
-    masks: Pixels | None = None
-    coding: MaskCoding | None = None
-
-    def __len__(self) -> int:
-        return len(self.rows)
-
-
-@dataclass(frozen=True)
-class Source:
-    """Labelled images in three splits, with what training must know about them.
-
-    Attributes:
-        name: the name it was opened by.
-        classes: K class names; label k means `classes[k]`.
-        train: training images without the hold-out.
-        holdout: fixed, stratified part of the training data for model selection (length 0 when none is asked).
-        test: images that no decision may depend on; a stratified part of the data when they come without a test split.
-        mean: per-channel mean of `train` in 0..1, at `image_size`, before augmentation.
-        std: per-channel standard deviation over all pixels of `train`, likewise.
-        image_size: (height, width) of the images as the student sees them.
-        native_size: most common (height, width) of the training images as they come.
-        mixed_sizes: whether they come in more than one size.
-        skipped: names of the unreadable images left out.
-        fingerprint: 32 hexadecimal digits over the decoded images, labels, split and class names: equal on two machines
-            exactly when they would train and test on the same numbers.
-        default_augmentation: name of the augmentation that suits the images.
-        task: `classification` or `segmentation`.
-        ignore_index: in segmentation, the value of void pixels in masks as they are given out: always `VOID`, 255.
-        void: names of the masks without a single labelled pixel.
-        remarks: sentences on what was assumed about the data.
-    """
-
-    name: str
-    classes: tuple[str, ...]
-    train: Split
-    holdout: Split
-    test: Split
-    mean: tuple[float, float, float]
-    std: tuple[float, float, float]
-    image_size: tuple[int, int]
-    native_size: tuple[int, int]
-    mixed_sizes: bool
-    skipped: tuple[str, ...]
-    fingerprint: str
-    default_augmentation: str
-    task: str = "classification"
-    ignore_index: int | None = None
-    void: tuple[str, ...] = ()
-    remarks: tuple[str, ...] = ()
-
-    @property
-    def num_classes(self) -> int:
-        """K, the number of classes."""
-        return len(self.classes)
-
-    @property
-    def splits(self) -> dict[str, Split]:
-        """The three splits by name."""
-        return {"train": self.train, "holdout": self.holdout, "test": self.test}
 
 
 def open_source(
@@ -161,15 +71,32 @@ def open_source(
             a class too small to split, no space; in segmentation also any malformed mask.
     """
     root = cache_root(cache_dir)
-    if not 0 <= holdout < 1:
-        raise AttarError(f"The hold-out must be a fraction from 0 to below 1, not {holdout}.")
     if task == "segmentation":
-        return _open_masked()
+        if label_column is not None:
+            raise AttarError("Segmentation has masks instead of labels: name their column with mask_column.")
+        return open_masked_source(
+            str(name),
+            image_size=image_size,
+            holdout=holdout,
+            split_seed=split_seed,
+            skip_bad_images=skip_bad_images,
+            image_column=image_column,
+            mask_column=mask_column,
+            classes=classes,
+            ignore_index=ignore_index,
+            data_root=Path(data_root or root / "torchvision"),
+            root=root,
+            progress=progress,
+        )
+    if task != "classification":
+        raise unknown_name("task", task, ("classification", "segmentation"))
+    if (mask_column, classes, ignore_index) != (None, None, None):
+        raise AttarError("mask_column, classes and ignore_index are about masks: open the images for segmentation.")
     origin = _open_origin(str(name), root, Path(data_root or root / "torchvision"), image_column, label_column)
     _check(origin)
     if not 0 <= holdout < 1:
         raise AttarError(f"The hold-out must be a fraction from 0 to below 1, not {holdout}.")
-    size = _trained_size(image_size, *_native_size(origin.train))
+    size = _trained_size(image_size, *native_sizes(origin.train))
     keep_pixels = max(size) <= CACHED_UP_TO
 
     def scan(reader: Reader) -> Scan:
@@ -193,8 +120,8 @@ def open_source(
     if holdout > 0:
         train, held_out = _set_aside(train, "holdout", holdout, split_seed, origin.classes)
     else:
-        held_out = _part(train, "holdout", np.arange(0))
-    mean, std = _statistics(found, train.rows)
+        held_out = part(train, "holdout", np.arange(0))
+    mean, std = statistics(found, train.rows)
     sizes, counts = np.unique(found.sizes, axis=0, return_counts=True)
     native = sizes[counts.argmax()]
     return Source(
@@ -250,31 +177,11 @@ def _check(origin: Origin) -> None:
         raise AttarError(f"'{origin.name}' has images of one class only, '{only}': classification needs at least two.")
 
 
-def _native_size(reader: Reader) -> tuple[tuple[int, int], bool, int]:
-    """Return the most common size among evenly spaced images, whether they differ, and the median shorter side."""
-    probed = np.unique(np.linspace(0, len(reader) - 1, _PROBED).astype(int))
-    sizes = [size for row in probed if (size := _probe(reader, int(row))) is not None]
-    if not sizes:
-        return (1, 1), False, 1  # all damaged: the scan says so and names one
-    counts = Counter(sizes)
-    return counts.most_common(1)[0][0], len(counts) > 1, int(np.median([min(size) for size in sizes]))
-
-
-def _probe(reader: Reader, row: int) -> tuple[int, int] | None:
-    try:
-        return native_size(reader.read(row))
-    except BadImageError:
-        return None
-
-
 def _trained_size(
     asked: int | tuple[int, int] | None, native: tuple[int, int], mixed: bool, median_side: int
 ) -> tuple[int, int]:
     if asked is not None:
-        size = (asked, asked) if isinstance(asked, int) else (asked[0], asked[1])
-        if min(size) < 1:
-            raise AttarError(f"The image size must be at least 1 pixel a side, not {asked}.")
-        return size
+        return asked_size(asked)
     if not mixed:
         return native if max(native) <= CACHED_UP_TO else (_LARGE_SIZE, _LARGE_SIZE)
     side = min(median_side, _LARGE_SIZE)
@@ -284,11 +191,6 @@ def _trained_size(
 def _split(name: str, reader: Reader, found: Scan, size: tuple[int, int]) -> Split:
     rows = np.arange(len(found.rows))
     return Split(name, size, found.pixels, reader, rows, reader.targets[found.rows], found.rows, len(reader))
-
-
-def _part(split: Split, name: str, positions: NDArray[np.int64]) -> Split:
-    rows, targets, index = split.rows[positions], split.targets[positions], split.index[positions]
-    return Split(name, split.image_size, split.pixels, split.reader, rows, targets, index, split.index_bound)
 
 
 def _set_aside(split: Split, name: str, fraction: float, seed: int, classes: tuple[str, ...]) -> tuple[Split, Split]:
@@ -308,14 +210,7 @@ def _set_aside(split: Split, name: str, fraction: float, seed: int, classes: tup
             f"on both sides: add images or change the fraction."
         )
     kept, cut = train_test_split(np.arange(len(split)), test_size=fraction, stratify=split.targets, random_state=seed)
-    return _part(split, split.name, np.sort(kept)), _part(split, name, np.sort(cut))
-
-
-def _statistics(found: Scan, rows: NDArray[np.int64]) -> tuple[tuple[float, float, float], tuple[float, float, float]]:
-    mean, square = found.moments[rows].mean(axis=0) / np.array([[255.0], [255.0**2]])
-    # A constant channel has no deviation to divide by; one grey level is the smallest that 8 bits can show.
-    std = np.sqrt(np.maximum(square - mean**2, (1 / 255) ** 2))
-    return (float(mean[0]), float(mean[1]), float(mean[2])), (float(std[0]), float(std[1]), float(std[2]))
+    return part(split, split.name, np.sort(kept)), part(split, name, np.sort(cut))
 
 
 def _fingerprint(classes: tuple[str, ...], parts: list[tuple[Scan, Split]]) -> str:
