@@ -46,11 +46,15 @@ class TrainSpec(_Spec):
     """One training run. Two runs with equal specs on equal data give bit-identical students on one CPU."""
 
     methods: Annotated[tuple[MethodSpec, ...], Field(description="What trains the student; none is plain training.")]
-    model: Annotated[str, Field(description="Any timm model (attar's CIFAR networks included) or torchvision:NAME.")]
+    model: Annotated[str, Field(description="Any timm model (attar's own included) or torchvision:NAME.")]
     data: Annotated[
         str,
         Field(description="digits, a torchvision data set, a folder of class folders, parquet:DIR or hf:OWNER/NAME."),
     ]
+    task: Annotated[
+        Literal["classification", "segmentation"],
+        Field(description="What the labels are: classes of images, or of pixels."),
+    ] = "classification"
     model_options: Annotated[
         dict[str, Any], Field(default_factory=dict, description="Further keyword arguments of the model.")
     ]
@@ -71,6 +75,11 @@ class TrainSpec(_Spec):
     train_limit: Annotated[
         int | None, Field(ge=2, description="Use only this many training images, stratified over classes.")
     ] = None
+
+    class_weights: Annotated[
+        tuple[float, ...] | None, Field(description="Segmentation: a weight for every class in the loss.")
+    ] = None
+    dice_weight: Annotated[float, Field(ge=0, description="Segmentation: weight of the Dice loss.")] = 0.0
 
     epochs: Annotated[int, Field(ge=1, description="Passes over the training data.")] = 100
     batch: Annotated[int, Field(ge=1, description="Images per step over all processes together.")] = 128

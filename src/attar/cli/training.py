@@ -81,7 +81,7 @@ def _announce(spec: TrainSpec, folder: Path, console: Console) -> None:
 def _show_result(result: dict[str, Any], folder: Path, console: Console) -> None:
     from rich.table import Table
 
-    table = Table("", "images", "top-1", "top-5", "NLL", "calibration error", "parameters", **PLAIN_TABLE)
+    table = Table("", "images", *_metric_names(result["test"]), "parameters", **PLAIN_TABLE)
     parameters = result["parameters"]["deployed"]
     table.add_row("student, hold-out", *_metric_cells(result["holdout"]), count(parameters))
     table.add_row("student, test", *_metric_cells(result["test"]), count(parameters))
@@ -105,14 +105,23 @@ def loading(model: str, folder: Path) -> str:
     from attar.train.files import read_json
 
     # timm would make the model at its original widths.
-    narrowed = "kept" in read_json(folder / "student" / "config.json")["attar"]
-    if narrowed or model.startswith("torchvision:"):
+    own = read_json(folder / "student" / "config.json")["attar"]
+    narrowed = "kept" in own
+    if narrowed or ":" in model or "task" in own:
         return f'import attar.train\nstudent = attar.train.load_student("{folder}").network'
     imports = "import timm, attar.zoo" if model.startswith("cifar_") else "import timm"
     return f'{imports}\nstudent = timm.create_model("local-dir:{folder / "student"}", pretrained=True)'
 
 
+def _metric_names(metrics: dict[str, Any]) -> tuple[str, ...]:
+    shares = ("mIoU", "pixel accuracy") if "miou" in metrics else ("top-1", "top-5")
+    return (*shares, "NLL", "calibration error")
+
+
 def _metric_cells(metrics: dict[str, Any]) -> list[str]:
+    if "miou" in metrics:
+        shares = [f"{metrics['miou']:.2%}", f"{metrics['pixel_accuracy']:.2%}"]
+        return [str(metrics["images"]), *shares, f"{metrics['nll']:.4f}", f"{metrics['calibration_error']:.4f}"]
     top5 = f"{metrics['top5']:.2%}" if metrics["top5"] is not None else ""
     cells = [f"{metrics['top1']:.2%}", top5, f"{metrics['nll']:.4f}", f"{metrics['calibration_error']:.4f}"]
     return [str(metrics["images"]), *cells]
@@ -149,7 +158,7 @@ def evaluate(words: list[str]) -> int:
         told = {**metrics, "retrieval": retrieval} if retrieval else metrics
         console.print(json.dumps(told), markup=False, soft_wrap=True)
         return 0
-    table = Table("", "images", "top-1", "top-5", "NLL", "calibration error", **PLAIN_TABLE)
+    table = Table("", "images", *_metric_names(metrics), **PLAIN_TABLE)
     table.add_row(given["split"], *_metric_cells(metrics))
     console.print(table)
     if retrieval:

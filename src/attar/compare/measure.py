@@ -21,7 +21,8 @@ from attar.data.images import Pixels
 from attar.errors import AttarError
 from attar.spec import TrainSpec
 from attar.train import build_source
-from attar.train.evaluate import evaluate
+from attar.train.distributed import Ranks
+from attar.train.evaluate import measure_classes
 from attar.train.student import Student, load_student
 from attar.train.timing_loop import processor, time_answers
 
@@ -87,13 +88,13 @@ def measure_corruptions(
     """
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     networks = [student.network.to(device=device, memory_format=torch.channels_last) for student in students]  # type: ignore[call-overload]
-    pixels = _pixels(split)
+    pixels, ranks = _pixels(split), Ranks(0, 1, device)
 
     def shares(images: Pixels) -> list[float]:
         shown = dataclasses.replace(split, pixels=images, rows=np.arange(len(images)))
         return [
-            evaluate(network, shown, Normalization(student.mean, student.std), len(student.classes)).top1
-            for network, student in zip(networks, students, strict=True)
+            measure_classes(network, shown, Normalization(one.mean, one.std), len(one.classes), ranks)[0].top1
+            for network, one in zip(networks, students, strict=True)
         ]
 
     clean = shares(pixels)

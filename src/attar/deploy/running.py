@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from attar.data import EvalLoader, Normalization, Split
 from attar.deploy.artefact import Logits
 from attar.train.distributed import Ranks
-from attar.train.evaluate import Metrics, measure
+from attar.train.evaluate import Metrics, measure_classes
 from attar.train.predictions import Predictions
 
 __all__ = ["PIXELS", "load_images", "measure_runtime", "some_of"]
@@ -64,7 +64,7 @@ def measure_runtime(
     """
     running = _Running(answer, packaged, told)
     ranks = Ranks(0, 1, torch.device("cpu"))
-    return measure(running, split, PIXELS if packaged else normalization, num_classes, ranks=ranks)
+    return measure_classes(running, split, PIXELS if packaged else normalization, num_classes, ranks)
 
 
 def as_pixels(images: NDArray[np.float32]) -> NDArray[np.uint8]:

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -17,12 +17,23 @@ from torch import Tensor, nn
 from attar.data import EvalLoader, Normalization, Source, Split, open_source
 from attar.errors import AttarError, unknown_name
 from attar.spec import TrainSpec
+from attar.tasks import Classification, Segmentation, Task
 from attar.train.distributed import Ranks, join
 from attar.train.predictions import Predictions
 from attar.train.retrieval import Retrieval, measure_retrieval
+from attar.train.segmentation import PixelPredictions, SegmentationMetrics, measure_pixels
 from attar.train.student import Student, load_student
 
-__all__ = ["EVAL_BATCH", "Metrics", "evaluate", "evaluate_run", "measure", "retrieve_run"]
+__all__ = [
+    "EVAL_BATCH",
+    "Metrics",
+    "evaluate",
+    "evaluate_run",
+    "make_task",
+    "measure",
+    "measure_classes",
+    "retrieve_run",
+]
 
 # One size for every evaluation, whatever the training's: the same batches give the same numbers to the last bit.
 EVAL_BATCH = 250
@@ -42,11 +53,18 @@ class Metrics:
             ICML 2017), in 0..1.
     """
 
+    primary: ClassVar[str] = "top1"
+
     images: int
     top1: float
     top5: float | None
     nll: float
     calibration_error: float
+
+    @property
+    def score(self) -> float:
+        """What a hold-out chooses by."""
+        return self.top1
 
     def as_dict(self) -> dict[str, Any]:
         """Return the metrics by name."""
@@ -57,38 +75,47 @@ def evaluate(
     network: nn.Module,
     split: Split,
     normalization: Normalization,
-    num_classes: int,
+    task: Task,
     *,
     ranks: Ranks | None = None,
-) -> Metrics:
+) -> Metrics | SegmentationMetrics:
     """Measure a network in evaluation mode, in float32, every image of the split exactly once.
 
     With several processes all take part and all get the same numbers: counts are summed, nothing is padded. The
     batches do not depend on how many processes share them.
 
     Args:
-        network: images [N, C, H, W] -> logits [N, K]; its modes are restored.
-        split: images and labels.
+        network: images [N, C, H, W] -> what the task asks for; its modes are restored.
+        split: images and labels, or masks.
         normalization: of the network's images.
-        num_classes: K.
+        task: what the answers mean.
         ranks: the processes that share the work; default: this one alone, on the network's device.
     """
-    return measure(network, split, normalization, num_classes, ranks=ranks)[0]
+    return measure(network, split, normalization, task, ranks=ranks)[0]
 
 
 def measure(
     network: nn.Module,
     split: Split,
     normalization: Normalization,
-    num_classes: int,
+    task: Task,
     *,
     ranks: Ranks | None = None,
-) -> tuple[Metrics, Predictions]:
+) -> tuple[Metrics, Predictions] | tuple[SegmentationMetrics, PixelPredictions]:
     """As `evaluate`, with the answer for every single image beside the metrics."""
+    ranks = ranks or Ranks(0, 1, next(network.parameters()).device)
+    if task.dense:
+        return measure_pixels(network, split, normalization, task, ranks)
+    return measure_classes(network, split, normalization, task.num_classes, ranks)
+
+
+def measure_classes(
+    network: nn.Module, split: Split, normalization: Normalization, num_classes: int, ranks: Ranks
+) -> tuple[Metrics, Predictions]:
+    """Measure a classifier, as `measure` does."""
     from torchmetrics import MeanMetric, MetricCollection
     from torchmetrics.classification import MulticlassAccuracy, MulticlassCalibrationError
 
-    ranks = ranks or Ranks(0, 1, next(network.parameters()).device)
     settings: dict[str, Any] = {"num_classes": num_classes, "validate_args": False}
     shares: dict[str, Any] = {"top1": MulticlassAccuracy(average="micro", **settings)}
     if num_classes > 5:
@@ -140,7 +167,7 @@ def _share(value: Tensor, images: int) -> float:
     return round(float(value) * images) / images
 
 
-def evaluate_run(folder: str | Path, *, data: str | None = None, split: str = "test") -> Metrics:
+def evaluate_run(folder: str | Path, *, data: str | None = None, split: str = "test") -> Metrics | SegmentationMetrics:
     """Measure the student of a run folder: exactly the numbers of its `result.json` for the run's own data.
 
     Args:
@@ -156,7 +183,7 @@ def evaluate_run(folder: str | Path, *, data: str | None = None, split: str = "t
             student.network,
             source.splits[split],
             Normalization(student.mean, student.std),
-            len(source.classes),
+            make_task(student.task, source.num_classes),
             ranks=ranks,
         )
 
@@ -183,6 +210,11 @@ def retrieve_run(
         AttarError: as `evaluate_run` and `measure_retrieval`.
     """
     with _opened(folder, data, split) as (student, source, ranks):
+        if student.task != "classification":
+            raise AttarError(
+                f"'{folder}' holds a network for {student.task}, whose images have no single class to be found by: "
+                "leave retrieval out."
+            )
         return measure_retrieval(
             student.network,
             source,
@@ -191,6 +223,12 @@ def retrieve_run(
             ranks=ranks,
             progress=progress,
         )
+
+
+def make_task(name: str, num_classes: int, **options: Any) -> Task:
+    """Return the task of that name (`TrainSpec.task`); `options` are its further arguments."""
+    kinds: dict[str, type[Task]] = {kind.name: kind for kind in (Classification, Segmentation)}
+    return kinds[name](num_classes, **options)  # type: ignore[call-arg]
 
 
 @contextmanager
@@ -207,7 +245,12 @@ def _opened(folder: str | Path, data: str | None, split: str) -> Iterator[tuple[
         settings = {"skip_bad_images": spec.skip_bad_images, "split_seed": spec.split_seed, "holdout": spec.holdout}
     with join() as ranks:
         source = ranks.first_then_others(
-            lambda: open_source(data or spec.data, image_size=student.image_size, **settings)  # type: ignore[union-attr]
+            lambda: open_source(
+                data or spec.data,  # type: ignore[union-attr]
+                image_size=student.image_size,
+                task=student.task,
+                **settings,
+            )
         )
         if split not in source.splits:
             raise unknown_name("split", split, source.splits)

@@ -52,9 +52,10 @@ def finish(run: Run, home: RunFolder) -> dict[str, Any]:
         source.std,
         source.image_size,
         run.distiller.kept,
+        spec.task,
     )
     # Large images are evaluated on the central part of a slightly larger resize.
-    crop = 1.0 if source.test.pixels is not None else 0.875
+    crop = 1.0 if source.test.pixels is not None or run.distiller.task.dense else 0.875
     ranks.on_first(lambda: save_student(home.student, student, crop=crop))
     saved = load_student(home.student).network if ranks.first else stripped
     saved.to(device=ranks.device, memory_format=torch.channels_last)  # type: ignore[call-overload]
@@ -63,12 +64,13 @@ def finish(run: Run, home: RunFolder) -> dict[str, Any]:
         saved,
         source.test,
         Normalization(source.mean, source.std),
-        source.num_classes,
+        run.distiller.task,
         ranks=ranks,
     )
     ranks.on_first(lambda: predictions.save(home.predictions))
     chosen = {name: value for name, value in run.best.items() if name not in ("epoch", "step", "selected")}
     result = {
+        **({"task": spec.task} if spec.task != "classification" else {}),
         "methods": [method.model_dump(mode="json") for method in spec.methods],
         "model": spec.model,
         "data": spec.data,

@@ -197,7 +197,7 @@ def _end_epoch(run: Run, home: RunFolder, tracker: Tracker, clock: _Clock, epoch
     if run.ema is not None:
         measured["ema"] = run.evaluate(run.ema.module, "holdout")
     for selected, metrics in measured.items():
-        better = (metrics.top1, -metrics.nll) > (run.best.get("top1", -1.0), -run.best.get("nll", 0.0))
+        better = (metrics.score, -metrics.nll) > (run.best.get(metrics.primary, -1.0), -run.best.get("nll", 0.0))
         if better:
             run.best = {"epoch": epoch, "step": run.step, "selected": selected, **metrics.as_dict()}
     line = {

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -18,12 +19,23 @@ from attar.errors import AttarError, unknown_name
 __all__ = ["load_weights", "make_model"]
 
 _TORCHVISION = "torchvision:"
+_SMP = "smp:"
 # With these timm reads files of its own choice: a saved student's config.json may come from a stranger.
 _READ_FILES = ("cache_dir", "checkpoint_path", "pretrained_cfg", "pretrained_cfg_overlay")
 
 
-def make_model(name: str, num_classes: int, options: Mapping[str, Any] | None = None, in_chans: int = 3) -> nn.Module:
-    """Make a network by name: any timm model (attar's CIFAR networks included), or `torchvision:NAME`.
+def make_model(
+    name: str,
+    num_classes: int,
+    options: Mapping[str, Any] | None = None,
+    in_chans: int = 3,
+    task: str = "classification",
+) -> nn.Module:
+    """Make a network by name: any timm model (attar's own included), or `torchvision:NAME`.
+
+    For segmentation: torchvision's segmentation networks with or without that prefix, `smp:NAME` of
+    segmentation_models_pytorch, and timm's register (attar's own). Backbones too are drawn, not fetched, unless the
+    options name weights.
 
     Its weights are drawn from torch's global generator.
 
@@ -34,17 +46,14 @@ def make_model(name: str, num_classes: int, options: Mapping[str, Any] | None = 
     for option in _READ_FILES:
         if option in options:
             raise AttarError(f"Model option '{option}' would read a file unchecked: give its weights instead.")
-    if name.startswith(_TORCHVISION):
-        known = torchvision.models.list_models(module=torchvision.models)
-        short, make, settings = name.removeprefix(_TORCHVISION), torchvision.models.get_model, {}
-    else:
-        known = timm.list_models()
-        short, make, settings = name, timm.create_model, {"in_chans": in_chans}
-    if short.partition(".")[0] not in known:
-        prefix = _TORCHVISION if name.startswith(_TORCHVISION) else ""
-        raise unknown_name("model", name, [prefix + candidate for candidate in known])
+    family = _family(name, task)
+    if family.short.partition(".")[0] not in family.known:
+        raise unknown_name("model", name, [family.prefix + candidate for candidate in family.known])
+    settings = {family.classes: num_classes, **family.settings}
+    if family.channels is not None:
+        settings[family.channels] = in_chans
     try:
-        network = make(short, **{"num_classes": num_classes, **settings, **options})
+        network = family.make(family.short, **{**settings, **options})
     except AttarError:
         raise
     except Exception as error:  # constructors raise many kinds for arguments they do not take
@@ -54,6 +63,52 @@ def make_model(name: str, num_classes: int, options: Mapping[str, Any] | None = 
         ) from error
     assert isinstance(network, nn.Module)
     return network
+
+
+@dataclass(frozen=True)
+class _Family:
+    """Where a model's name belongs, and how a model is made there."""
+
+    prefix: str
+    short: str
+    known: Sequence[str]
+    make: Callable[..., Any]
+    settings: Mapping[str, Any]
+    classes: str = "num_classes"
+    channels: str | None = None
+
+
+def _family(name: str, task: str) -> _Family:
+    short = name.removeprefix(_TORCHVISION)
+    prefixed = short != name
+    if task == "segmentation":
+        if name.startswith(_SMP):
+            return _segmentation_models(name)
+        known = torchvision.models.list_models(module=torchvision.models.segmentation)
+        if prefixed or short in known:
+            prefix = _TORCHVISION if prefixed else ""
+            return _Family(prefix, short, known, torchvision.models.get_model, {"weights_backbone": None})
+    elif prefixed:
+        known = torchvision.models.list_models(module=torchvision.models)
+        return _Family(_TORCHVISION, short, known, torchvision.models.get_model, {})
+    return _Family("", name, timm.list_models(), timm.create_model, {}, channels="in_chans")
+
+
+def _segmentation_models(name: str) -> _Family:
+    try:
+        import segmentation_models_pytorch as smp
+    except ImportError as error:
+        raise AttarError(
+            f"Model '{name}' needs the package segmentation-models-pytorch: pip install segmentation-models-pytorch."
+        ) from error
+    known = {kind.__name__: kind for kind in smp.MODEL_ARCHITECTURES_MAPPING.values()}
+    short = name.removeprefix(_SMP)
+
+    def make(short: str, **settings: Any) -> nn.Module:
+        network: nn.Module = known[short](**settings)
+        return network
+
+    return _Family(_SMP, short, list(known), make, {"encoder_weights": None}, "classes", "in_channels")
 
 
 def load_weights(network: nn.Module, path: str | Path) -> None:

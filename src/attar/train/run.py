@@ -23,8 +23,7 @@ from attar.errors import AttarError
 from attar.method import Batch, Method
 from attar.sampling import ClassPairs
 from attar.spec import TrainSpec
-from attar.tasks import Classification
-from attar.train.build import build_methods, build_model, build_source
+from attar.train.build import build_methods, build_model, build_source, build_task
 from attar.train.cost import PeakMemory
 from attar.train.distributed import Ranks
 from attar.train.evaluate import EVAL_BATCH, Metrics, evaluate
@@ -33,6 +32,7 @@ from attar.train.meter import Meter, advice
 from attar.train.precision import resolved
 from attar.train.run_folder import RunFolder
 from attar.train.schedule import make_optimizer, make_schedule
+from attar.train.segmentation import SegmentationMetrics
 from attar.train.teacher_cache import TeacherCache, refuse_cache, slots
 from attar.train.tracking import Tracker
 
@@ -99,7 +99,7 @@ class Run:
         memory = memory_format(student, ranks.device, spec.channels_last)
         student.to(device=ranks.device, memory_format=memory)  # type: ignore[call-overload]
         methods = build_methods(spec, source.num_classes)
-        task, normalization = Classification(source.num_classes), Normalization(source.mean, source.std)
+        task, normalization = build_task(spec, source.num_classes), Normalization(source.mean, source.std)
         distiller = Distiller(student, methods, task, normalization=(source.mean, source.std), stages=spec.stages)
         distiller.build(torch.randn(2, 3, *source.image_size, device=ranks.device), source.train.index_bound)
         apart = ranks.world > 1 and _own_replicas(distiller)
@@ -107,7 +107,7 @@ class Run:
             _draw_apart(distiller, spec, ranks)
         memory = memory_format(distiller, ranks.device, spec.channels_last)  # an auxiliary may forbid it too
         distiller.to(device=ranks.device, memory_format=memory)  # type: ignore[call-overload]
-        augment = augmentation(spec.augment or source.default_augmentation)
+        augment = augmentation(spec.augment or source.default_augmentation, spec.task)
         if spec.cache_teachers:
             refuse_cache(distiller, augment, spec.augment_cycle)
         sampler = make_sampler(
@@ -231,14 +231,14 @@ class Run:
         """Return loaded images as the distiller takes them."""
         return batch_of(self.distiller, sample, self.memory)
 
-    def evaluate(self, network: nn.Module, split: str) -> Metrics:
+    def evaluate(self, network: nn.Module, split: str) -> Metrics | SegmentationMetrics:
         """Measure a network of this run; the first process's batch statistics (or whole student) hold for all."""
         with self._first(network):
             return evaluate(
                 network,
                 self.source.splits[split],
                 self.loader.normalization,
-                self.source.num_classes,
+                self.distiller.task,
                 ranks=self.ranks,
             )
 

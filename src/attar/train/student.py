@@ -33,6 +33,7 @@ class Student:
         std: per-channel standard deviation.
         image_size: (height, width) of the images it was trained on.
         kept: the channels that training has left it, by module; None: the widths it was made with.
+        task: what it was trained for (`TrainSpec.task`).
     """
 
     network: nn.Module
@@ -43,6 +44,7 @@ class Student:
     std: tuple[float, ...]
     image_size: tuple[int, int]
     kept: Kept | None = None
+    task: str = "classification"
 
 
 def save_student(folder: Path, student: Student, *, crop: float = 1.0) -> None:
@@ -83,6 +85,7 @@ def _write_config(path: Path, student: Student, crop: float) -> None:
         "std": list(student.std),
         "image_size": list(student.image_size),
         **({"kept": student.kept} if student.kept else {}),
+        **({"task": student.task} if student.task != "classification" else {}),
     }
     if not hasattr(student.network, "pretrained_cfg"):
         write_atomically(path, (json.dumps({"attar": own}, indent=2) + "\n").encode())
@@ -114,7 +117,8 @@ def load_student(folder: str | Path) -> Student:
         raise AttarError(f"'{folder / 'config.json'}' was not written by attar: give a finished run's folder.")
     # Its weights are here: none are fetched to begin with.
     options = {name: value for name, value in own["options"].items() if name not in ("pretrained", "weights")}
-    network = make_model(own["model"], len(own["classes"]), options)
+    task = own.get("task", "classification")
+    network = make_model(own["model"], len(own["classes"]), options, task=task)
     kept = own.get("kept")
     if kept:
         slice_(network, kept)
@@ -129,4 +133,5 @@ def load_student(folder: str | Path) -> Student:
         tuple(own["std"]),
         (height, width),
         kept,
+        task,
     )

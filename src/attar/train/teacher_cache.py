@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from attar.data.augment import Augmentation
+from attar.data.joint import JointAugmentation
 from attar.distiller import Distiller
 from attar.errors import AttarError
 from attar.method import Method
@@ -33,17 +34,23 @@ _FORMAT = "1"
 Numbers = NDArray[np.int64]
 
 
-def slots(augmentation: Augmentation, cycle: int | None) -> int | None:
+def slots(augmentation: Augmentation | JointAugmentation, cycle: int | None) -> int | None:
     """Return in how many ways an image and view may look in the course of a run; None: without end."""
     return cycle if augmentation.random else 1
 
 
-def refuse_cache(distiller: Distiller, augmentation: Augmentation, cycle: int | None) -> None:
+def refuse_cache(distiller: Distiller, augmentation: Augmentation | JointAugmentation, cycle: int | None) -> None:
     """Raise where what teachers say cannot be remembered.
 
     Raises:
-        AttarError: there is no teacher, one is asked for more than logits, or it never sees the same image twice.
+        AttarError: there is no teacher, one is asked for more than logits, it never sees the same image twice, or it
+            answers for every pixel.
     """
+    if distiller.task.dense:
+        raise AttarError(
+            "cache_teachers remembers one answer for an image, and in segmentation there is one for every pixel: "
+            "leave it out."
+        )
     methods = [method for method in distiller.methods.values() if isinstance(method, Method)]
     taught = [method for method in methods if method.teachers]
     if not taught:

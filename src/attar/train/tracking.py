@@ -115,10 +115,11 @@ def epoch_line(line: dict[str, Any]) -> str:
     held, losses = line["holdout"], line["losses"]
     # A phase has no supervised loss: what is learnt from is shown instead.
     loss = losses["task"] if "task" in losses else sum(line["weights"][name] * value for name, value in losses.items())
-    ema = f" (ema {line['holdout_ema']['top1']:.1%})" if "holdout_ema" in line else ""
+    name, label = ("miou", "mIoU") if "miou" in held else ("top1", "top-1")
+    ema = f" (ema {line['holdout_ema'][name]:.1%})" if "holdout_ema" in line else ""
     return (
         f"epoch {line['epoch'] + 1}/{line['epochs']}{_phase(line)}  loss {loss:.4f}  "
-        f"hold-out top-1 {held['top1']:.1%}{ema}  nll {held['nll']:.4f}  lr {line['lr']:.2g}  "
+        f"hold-out {label} {held[name]:.1%}{ema}  nll {held['nll']:.4f}  lr {line['lr']:.2g}  "
         f"{line['images_per_second']:.0f} images/s"
     )
 
