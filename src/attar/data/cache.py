@@ -23,7 +23,7 @@ import numpy as np
 from filelock import FileLock
 
 from attar.data.images import BadImageError, Pixels
-from attar.data.masks import MaskCoding
+from attar.data.masks import BadMaskError, MaskCoding
 from attar.data.reader import Reader, digest
 from attar.data.scan import Progress, Scan, join, scan_chunks
 from attar.errors import AttarError
@@ -86,7 +86,8 @@ def cached_scan(
     if found is None:
         raise AttarError(f"The image cache under '{root}' was changed while it was made: run again.")
     if found.skipped and not skip_bad_images:
-        raise BadImageError(found.skipped[0], "it could not be read when the images were cached")
+        kind = BadMaskError if found.skipped[0].startswith("mask ") else BadImageError
+        raise kind(found.skipped[0], "it could not be read when the images were cached")
     return found
 
 

@@ -33,9 +33,9 @@ class _Reader(HuggingFaceReader):
         return super().__getstate__() | {"_masks": None}
 
     def mask_name(self, row: int) -> str:
-        """Return for example `of row 17 of train` with the file name that the table gives, if any."""
+        """Return for example `mask of row 17 of train` with the file name that the table gives, if any."""
         path = self._mask_cell(row)["path"]
-        return f"of row {row} of {self.split}" + (f" ('{path}')" if path else "")
+        return f"mask of row {row} of {self.split}" + (f" ('{path}')" if path else "")
 
     def read_mask(self, row: int) -> bytes:
         """Return the encoded mask."""

@@ -20,11 +20,11 @@ _ORIENTATION = 0x0112
 class BadImageError(AttarError):
     """An image that cannot be read; `name` says which one and `reason` why."""
 
-    kind = "image"
+    what = "image "
 
     def __init__(self, name: str, reason: str) -> None:
         super().__init__(
-            f"Cannot read {self.kind} {name} ({reason}): repair or remove it, or skip unreadable images "
+            f"Cannot read {self.what}{name} ({reason}): repair or remove it, or skip unreadable images "
             "with --skip-bad-images (skip_bad_images=True in Python)."
         )
         self.name = name

@@ -86,5 +86,5 @@ def _collate(pairs: list[Placed | AttarError]) -> tuple[Tensor, Tensor, Tensor] 
         if isinstance(pair, AttarError):
             return pair
         whole.append(pair)
-    images, masks = (torch.stack([pair[part] for pair in whole]) for part in range(2))
-    return images, masks, torch.from_numpy(np.stack([pair.boxes for pair in whole], axis=1))
+    boxes = torch.from_numpy(np.stack([pair.boxes for pair in whole], axis=1))
+    return torch.stack([pair.images for pair in whole]), torch.stack([pair.masks for pair in whole]), boxes

@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 
 from attar.data.cache import cached_scan
 from attar.data.huggingface_masks import open_masked_hub, open_masked_parquet
-from attar.data.masks import VOID, ClassNames, MaskCoding, MaskedOrigin, MaskedReader
+from attar.data.masks import VOID, ClassNames, MaskCoding, MaskedOrigin, MaskedReader, sentence
 from attar.data.pairs import open_pairs
 from attar.data.reader import digest
 from attar.data.scan import Progress, Scan
@@ -63,12 +63,12 @@ def open_masked_source(
         readers |= {"validation": None, "test": origin.validation}
     elif holdout == 0:
         readers["validation"] = None
-    for split, reader in readers.items():
+    for which, reader in readers.items():
         if reader is not None and len(reader) == 0:
-            raise AttarError(f"The {split} split of '{origin.name}' is empty: add images to it or remove it.")
+            raise AttarError(f"The {which} split of '{origin.name}' is empty: add images to it or remove it.")
     size = _trained_size(image_size, *native_sizes(origin.train)[:2])
     scans = {
-        split: cached_scan(
+        which: cached_scan(
             reader,
             size,
             keep_pixels=size[0] * size[1] <= CACHED_PIXELS,
@@ -77,7 +77,7 @@ def open_masked_source(
             progress=progress,
             coding=origin.coding,
         )
-        for split, reader in readers.items()
+        for which, reader in readers.items()
         if reader is not None
     }
     names, coding, assumed = _classes(origin, list(scans.values()))
@@ -143,6 +143,8 @@ def _open_origin(
     if path.is_dir():
         return open_pairs(path, classes, ignore_index)
     if name in TORCHVISION_MASK_NAMES:
+        if classes is not None or ignore_index not in (None, VOID):
+            raise AttarError(f"The classes of '{name}' are known: leave classes and ignore_index out.")
         return open_torchvision_masks(name, data_root)
     known = ", ".join(TORCHVISION_MASK_NAMES)
     nearest = did_you_mean(name, TORCHVISION_MASK_NAMES)
@@ -227,7 +229,7 @@ def _about_void(void: tuple[str, ...]) -> list[str]:
     if not void:
         return []
     several = f" and {len(void) - 1} more have" if len(void) > 1 else " has"
-    return [f"Mask {void[0]}{several} no labelled pixel: nothing can be learnt from it."]
+    return [f"{sentence(void[0])}{several} no labelled pixel: nothing can be learnt from it."]
 
 
 def _fingerprint(classes: tuple[str, ...], parts: list[tuple[Scan, Split]]) -> str:

@@ -29,6 +29,7 @@ __all__ = [
     "fit_mask",
     "mask_coding",
     "read_pair",
+    "sentence",
 ]
 
 VOID = 255
@@ -44,7 +45,7 @@ class MaskedReader(Reader, Protocol):
     """Random access to images with masks; `targets` are zeros."""
 
     def mask_name(self, row: int) -> str:
-        """Say which mask belongs to image `row`, in the user's terms."""
+        """Say which mask belongs to image `row`, in the user's terms: "mask ...", a path or a row of a table."""
 
     def read_mask(self, row: int) -> bytes:
         """Return the encoded mask."""
@@ -63,9 +64,9 @@ class MaskedOrigin:
 
 
 class BadMaskError(BadImageError):
-    """A mask that cannot be read; `name` says which one and `reason` why."""
+    """A mask that cannot be read; `name`, which begins with "mask", says which one and `reason` why."""
 
-    kind = "mask"
+    what = ""
 
 
 @dataclass(frozen=True)
@@ -117,7 +118,7 @@ class MaskCoding:
             return VOID
         if self.values is None and 0 <= code < (self.num_classes or _MOST_CLASSES):
             return code
-        raise AttarError(f"Mask {name} holds the {self._unknown(value)}")
+        raise AttarError(f"{sentence(name)} holds the {self._unknown(value)}")
 
     def _unknown(self, value: tuple[int, ...]) -> str:
         if self.colored:
@@ -250,7 +251,7 @@ def decode_mask(data: bytes, name: str, coding: MaskCoding) -> Pixels:
     except Exception as error:  # decoders raise almost anything on a damaged file
         raise BadMaskError(name, reason(error)) from error
     if kind == "JPEG":
-        raise AttarError(f"Mask {name} is a JPEG, which does not keep values exactly: save masks as PNG.")
+        raise AttarError(f"{sentence(name)} is a JPEG, which does not keep values exactly: save masks as PNG.")
     if coding.colored != (mode in ("RGB", "RGBA")) or (not coding.colored and mode not in _SINGLE_CHANNEL):
         wanted = (
             "but classes.json lists colours: save it as RGB, or list 'values' instead"
@@ -258,10 +259,15 @@ def decode_mask(data: bytes, name: str, coding: MaskCoding) -> Pixels:
             else "not a single channel whose value is the class: save class indices (a grey or palette PNG), or list "
             "the colour of each class under 'colors' in classes.json"
         )
-        raise AttarError(f"Mask {name} is {mode}, {wanted}.")
+        raise AttarError(f"{sentence(name)} is {mode}, {wanted}.")
     if raw.dtype == bool:
         raw = raw.astype(np.uint8)
     return coding.classes(raw, name)
+
+
+def sentence(name: str) -> str:
+    """Return what `mask_name` says as the beginning of a sentence."""
+    return name[:1].upper() + name[1:]
 
 
 def fit_mask(mask: Pixels, size: tuple[int, int]) -> Pixels:
@@ -287,7 +293,7 @@ def read_pair(
     if mask.shape != size:
         height, width = mask.shape
         raise AttarError(
-            f"Mask {reader.mask_name(row)} is {width} x {height} pixels, but its image {reader.name(row)} is "
+            f"{sentence(reader.mask_name(row))} is {width} x {height} pixels, but its image {reader.name(row)} is "
             f"{size[1]} x {size[0]}: make them the same size."
         )
     return image, mask, size

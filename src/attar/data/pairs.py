@@ -27,7 +27,7 @@ class PairReader(FileReader):
 
     def mask_name(self, row: int) -> str:
         """Return the path of the mask."""
-        return f"'{self.masks[row]}'"
+        return f"mask '{self.masks[row]}'"
 
     def read_mask(self, row: int) -> bytes:
         """Return the bytes of the mask's file."""
