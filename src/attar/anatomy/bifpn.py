@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-__all__ = ["BiFPN", "Fusion", "PointwiseBlock", "SeparableBlock", "halved", "resampled"]
+__all__ = ["BiFPN", "Fusion", "MirroredBiFPN", "PointwiseBlock", "SeparableBlock", "halved", "norm", "resampled"]
 
 
 class _Norm(nn.BatchNorm2d):
@@ -20,7 +21,8 @@ class _Norm(nn.BatchNorm2d):
         return super().forward(x)
 
 
-def _norm(channels: int, batch_norm: bool) -> nn.Module:
+def norm(channels: int, batch_norm: bool) -> nn.Module:
+    """Return batch norm, which takes its running statistics where a batch has none of its own; or an identity."""
     return _Norm(channels) if batch_norm else nn.Identity()
 
 
@@ -28,7 +30,7 @@ class PointwiseBlock(nn.Sequential):
     """1x1 convolution without bias, batch norm and, unless `activated` is False, ReLU: [N, a, H, W] -> [N, b, H, W]."""
 
     def __init__(self, inputs: int, outputs: int, *, activated: bool = True, batch_norm: bool = True) -> None:
-        super().__init__(nn.Conv2d(inputs, outputs, 1, bias=False), _norm(outputs, batch_norm))
+        super().__init__(nn.Conv2d(inputs, outputs, 1, bias=False), norm(outputs, batch_norm))
         if activated:
             self.append(nn.ReLU())
 
@@ -46,7 +48,7 @@ class SeparableBlock(nn.Sequential):
                 self.append(nn.ReLU())
             self.append(nn.Conv2d(channels, channels, 3, padding=1, groups=channels, bias=False))
             self.append(nn.Conv2d(channels, channels, 1, bias=False))
-            self.append(_norm(channels, batch_norm))
+            self.append(norm(channels, batch_norm))
 
 
 class Fusion(nn.Module):
@@ -147,6 +149,11 @@ class BiFPN(nn.Module):
         self.down_fusions = nn.ModuleList(Fusion(3 if i < n - 1 else 2) for i in range(1, n))
         self.down_nodes = nn.ModuleList(separable(widths[i]) for i in range(1, n))
 
+    @property
+    def ends(self) -> list[SeparableBlock]:
+        """The blocks that return T_1 .. T_n."""
+        return [self.up_nodes[0], *self.down_nodes]  # type: ignore[list-item]
+
     def forward(self, maps: Sequence[Tensor]) -> list[Tensor]:
         """Return T_1 .. T_n before their last ReLU."""
         maps = [torch.relu(m) for m in maps]
@@ -167,3 +174,23 @@ class BiFPN(nn.Module):
             inputs = [self.second_laterals[i - 1](maps[i]), *([active[i]] if i < n - 1 else []), lower]
             refined.append(self.down_nodes[i - 1](self.down_fusions[i - 1](*inputs)))
         return refined
+
+
+class MirroredBiFPN(BiFPN):
+    """The same pyramid from the other side: from fine to deep first, then back, so that it ends at the finest map.
+
+    A head on T_1 trains every part of it, as one on T_n does in `BiFPN`. Maps, widths and T_i stand in the same order,
+    shallow to deep.
+    """
+
+    def __init__(self, channels: Sequence[int], widths: Sequence[int], **options: Any) -> None:
+        super().__init__(channels[::-1], widths[::-1], **options)
+
+    @property
+    def ends(self) -> list[SeparableBlock]:
+        """The blocks that return T_1 .. T_n."""
+        return super().ends[::-1]
+
+    def forward(self, maps: Sequence[Tensor]) -> list[Tensor]:
+        """Return T_1 .. T_n before their last ReLU."""
+        return super().forward(maps[::-1])[::-1]

@@ -1,9 +1,9 @@
-"""The papers' networks for small images; importing this package registers them with timm.
+"""The papers' networks, most for small images; importing this package registers them with timm.
 
 `timm.create_model("cifar_resnet32", num_classes=10)` and `attar.zoo.cifar_resnet32(num_classes=10)` are the same
 network. All take timm's `num_classes`, `in_chans`, `global_pool`, `drop_rate`, `features_only`, `width`, which
 multiplies every layer's channels, and `cheap`, a cheap convolution for the 3x3 ones inside the blocks ("G8B2"; see
-`cheapen`).
+`cheapen`). The networks for segmentation take what `BiFPNEfficientNet` says.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from timm.models import build_model_with_cfg, generate_default_cfgs, register_mo
 from timm.models import resolve_pretrained_cfg as resolve_cfg
 
 from attar.errors import AttarError
+from attar.zoo.bifpn_efficientnet import BiFPNEfficientNet, segmentation_names
 from attar.zoo.cheap import cheap_convolution, cheapen
 from attar.zoo.cnn import CifarCNN
 from attar.zoo.densenet import CifarDenseNet, cifar_densenet
@@ -24,6 +25,7 @@ from attar.zoo.resnext import CifarResNeXt, cifar_resnext
 from attar.zoo.wide_resnet import WideResNet, wide_resnet
 
 __all__ = [
+    "BiFPNEfficientNet",
     "CifarCNN",
     "CifarDenseNet",
     "CifarNet",
@@ -36,6 +38,7 @@ __all__ = [
     "cifar_resnet",
     "cifar_resnext",
     "names",
+    "segmentation_names",
     "wide_resnet",
 ]
 
@@ -106,7 +109,7 @@ default_cfgs = generate_default_cfgs(
 
 
 def names() -> list[str]:
-    """Return the names registered with timm, sorted."""
+    """Return the names of the networks for small images that are registered with timm, sorted."""
     return sorted(_NETWORKS)
 
 
