@@ -20,9 +20,7 @@ from attar.errors import AttarError, did_you_mean
 
 __all__ = ["CACHED_PIXELS", "open_masked_source"]
 
-CACHED_PIXELS = (
-    1 << 16
-)  # height x width: up to here images and masks are kept decoded, above they are decoded in workers
+CACHED_PIXELS = 1 << 16  # height x width: up to here both are kept decoded, above they are decoded in workers
 _LARGE_SIZE = 512
 _TEST_FRACTION = 0.2
 
