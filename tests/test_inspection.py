@@ -9,6 +9,7 @@ import attar
 from attar.inspection import check, method_cost
 from attar.method import Batch, Method, Outputs, Phase, Probe
 from attar.methods import SRM, InDistill
+from attar.tasks import Classification
 from networks import IMAGES, LABELS, Net
 
 
@@ -73,8 +74,8 @@ def test_what_is_wrong_in_a_phase_is_said() -> None:
 
 def test_the_list_of_methods_has_the_terms_of_phases_and_the_cost_of_the_main_training() -> None:
     images = torch.randn(2, 3, 16, 16)
-    listed = method_cost(SRM, lambda: Net(batch_norm=True), 3, images)
+    listed = method_cost(SRM, lambda: Net(batch_norm=True), Classification(3), images)
     assert listed.terms == ("reconstruction", "pixel", "image", "kl")
-    alone = method_cost(InDistill, lambda: Net(batch_norm=True), 3, images)
+    alone = method_cost(InDistill, lambda: Net(batch_norm=True), Classification(3), images)
     assert alone.terms == ("mse",)
     assert alone.cost.multiply_adds * 2 == listed.cost.multiply_adds  # SRM asks the teacher in every step

@@ -443,8 +443,8 @@ def refuse_dense(methods: Sequence[Method], task: Task) -> None:
     for method in methods:
         if task.dense and method.not_dense:
             raise AttarError(
-                f"{method.name} cannot train {task.name}, since {method.not_dense}: choose another method "
-                "('attar methods' says which serve it)."
+                f"{method.name} cannot train {task.name}, since {method.not_dense}: choose a method that 'attar "
+                "inspect' lists for it."
             )
 
 

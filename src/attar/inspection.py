@@ -17,7 +17,7 @@ from attar.errors import AttarError
 from attar.method import Batch, Method
 from attar.sampling import ClassPairs
 from attar.spec import teacher_options
-from attar.tasks import Classification
+from attar.tasks import Task
 from attar.teacher import Teacher
 from attar.train.cost import multiply_adds
 
@@ -127,35 +127,37 @@ class MethodCost:
 
 
 def method_costs(
-    network: Callable[[], nn.Module], num_classes: int, images: Tensor, stages: Sequence[str] | None = None
+    network: Callable[[], nn.Module], task: Task, images: Tensor, stages: Sequence[str] | None = None
 ) -> list[MethodCost]:
     """Attach every method in turn to a new student and price it.
 
     Args:
         network: makes the student.
-        num_classes: K.
+        task: what the student answers.
         images: example batch [N, C, H, W], N at least 2.
         stages: modules to use as stages instead of those found.
     """
-    return [method_cost(kind, network, num_classes, images, stages) for kind in methods.available().values()]
+    return [method_cost(kind, network, task, images, stages) for kind in methods.available().values()]
 
 
 def method_cost(
     kind: type[Method],
     network: Callable[[], nn.Module],
-    num_classes: int,
+    task: Task,
     images: Tensor,
     stages: Sequence[str] | None = None,
 ) -> MethodCost:
     """Attach one method with its default options to a new student and price it; arguments as in `method_costs`."""
     try:
         method = specimen(kind, network)
-        distiller = Distiller(network(), [method], Classification(num_classes), stages=stages)
+        distiller = Distiller(network(), [method], task, stages=stages)
         distiller.build(images, len(images))
     except AttarError as error:
         return MethodCost(kind.__name__, refusal=str(error))
     views = images.repeat(method.views, 1, 1, 1)
-    targets = (torch.arange(len(images)) % num_classes).repeat(method.views)
+    targets = (torch.arange(len(images)) % task.num_classes).repeat(method.views)
+    if task.dense:
+        targets = targets.view(-1, 1, 1).expand(-1, *images.shape[-2:])
     batch = Batch(views, targets, torch.arange(len(images)).repeat(method.views), targets, method.views)
     if isinstance(method.sampling, ClassPairs):
         batch = replace(batch, partners=batch)

@@ -15,13 +15,22 @@ if TYPE_CHECKING:
     from attar.distiller import Distiller
     from attar.method import Batch
     from attar.spec import TrainSpec
+    from attar.tasks import Task
 
 __all__ = ["check", "inspect", "methods"]
+
+_TASK: dict[str, Any] = {
+    "choices": ("classification", "segmentation"),
+    "default": "classification",
+    "help": "what the model answers (default: classification)",
+}
+# Segmentation networks have no size of their own; what costs little and leaves every stage some pixels.
+_DENSE_SIDE = 224
 
 # The fields of a run that matter to one batch.
 _CHECKED = (
     *("model", "data", "model_options", "weights", "stages", "image_size", "augment", "holdout", "split_seed"),
-    *("skip_bad_images", "train_limit", "seed"),
+    *("skip_bad_images", "train_limit", "seed", "task", "class_weights", "dice_weight"),
 )
 
 
@@ -32,6 +41,7 @@ def methods(words: list[str]) -> int:
     parser.add_argument("--model", default="cifar_resnet32", help="model to price it on (default: cifar_resnet32)")
     parser.add_argument("--classes", type=int, default=100, metavar="K", help="number of classes (default: 100)")
     parser.add_argument("--image-size", type=int, metavar="N", help="side of the images; default: the model's own")
+    parser.add_argument("--task", **_TASK)
     given = parser.read(words)
     if given["name"] is not None:
         return _show_method(**given)
@@ -39,14 +49,15 @@ def methods(words: list[str]) -> int:
 
     from attar import methods
     from attar.inspection import card, method_costs
+    from attar.tasks import Classification
 
-    images, network = _example("cifar_resnet20", 10, None, {"width": 0.25})
+    images, network = _example("cifar_resnet20", Classification(10), None, {"width": 0.25})
     table = Table(**PLAIN_TABLE)
     table.add_column("method", no_wrap=True)
     table.add_column("what it does", ratio=7)
     table.add_column("terms", ratio=4)
     table.add_column("needs", ratio=2)
-    for cost in method_costs(network, 10, images):
+    for cost in method_costs(network, Classification(10), images):
         # One name for what a method has of every stage.
         terms = dict.fromkeys(term if "." not in term else f"{term.partition('.')[0]}.*" for term in cost.terms)
         idea = card(methods.available()[cost.name]).idea
@@ -57,17 +68,19 @@ def methods(words: list[str]) -> int:
     return 0
 
 
-def _show_method(name: str, model: str, classes: int, image_size: int | None) -> int:
+def _show_method(name: str, model: str, classes: int, image_size: int | None, task: str) -> int:
     from rich.table import Table
 
     from attar.inspection import card, cost, method_cost
     from attar.methods import find
     from attar.options import described
     from attar.spec import method_options
+    from attar.train.evaluate import make_task
 
     kind = find(name)
+    asked = make_task(task, classes)
     shown = card(kind)
-    images, network = _example(model, classes, image_size, {})
+    images, network = _example(model, asked, image_size, {})
     console = make_console()
     console.print(shown.text, markup=False)
     console.print("\nMeasured by attar compare, with the default options:" + _measured(kind.__name__), markup=False)
@@ -76,7 +89,7 @@ def _show_method(name: str, model: str, classes: int, image_size: int | None) ->
         table.add_row(option, default, meaning)
     console.print()
     console.print(table)
-    plain, trained = cost(network(), images), method_cost(kind, network, classes, images)
+    plain, trained = cost(network(), images), method_cost(kind, network, asked, images)
     console.print(f"\nCost on {model} with {classes} classes at {images.shape[2]} x {images.shape[3]}:")
     if trained.refusal is not None:
         console.print(f"  {trained.refusal}", markup=False)
@@ -109,19 +122,21 @@ def inspect(words: list[str]) -> int:
     parser.add_argument("--image-size", type=int, metavar="N", help="side of the images; default: the model's own")
     parser.add_argument("--model-options", nargs="+", default=[], metavar="NAME=VALUE", help="arguments of the model")
     parser.add_argument("--stages", nargs="+", metavar="TEXT", help="modules to use as stages")
+    parser.add_argument("--task", **_TASK)
     given = parser.read(words)
     from rich.table import Table
 
     from attar.anatomy import survey
     from attar.inspection import cost, cut_at, method_costs
-    from attar.tasks import Classification
+    from attar.train.evaluate import make_task
 
+    task = make_task(given["task"], given["classes"])
     images, network = _example(
-        given["model"], given["classes"], given["image_size"], pairs("--model-options", given["model_options"])
+        given["model"], task, given["image_size"], pairs("--model-options", given["model_options"])
     )
     student = network()
-    anatomy, output = survey(student, images, given["stages"], given["classes"])
-    Classification(given["classes"]).check_logits(output)
+    anatomy, output = survey(student, images, given["stages"], given["classes"], dense=task.dense)
+    task.check_logits(output, size=(images.shape[2], images.shape[3]))
     plain = cost(student, images)
     console = make_console()
     console.print(
@@ -140,7 +155,7 @@ def inspect(words: list[str]) -> int:
     )
     console.print(f"classifier: {anatomy.classifier or 'none found'}; embedding: {embedding}\n")
     table = Table("method", "would add", "reads", "parameters", "multiply-adds in training", **PLAIN_TABLE)
-    for each in method_costs(network, given["classes"], images, given["stages"]):
+    for each in method_costs(network, task, images, given["stages"]):
         if each.refusal is not None:
             table.add_row(each.name, f"refused: {each.refusal}")
             continue
@@ -212,8 +227,8 @@ def _one_batch(spec: TrainSpec, images: int) -> tuple[Distiller, Batch]:
 
     from attar.data import Loader, Normalization, augmentation, make_sampler
     from attar.distiller import Distiller
-    from attar.tasks import Classification
     from attar.train import build_methods, build_model, build_source
+    from attar.train.build import build_task
     from attar.train.memory import memory_format
     from attar.train.run import batch_of
 
@@ -222,14 +237,14 @@ def _one_batch(spec: TrainSpec, images: int) -> tuple[Distiller, Batch]:
     distiller = Distiller(
         build_model(spec, source.num_classes),
         build_methods(spec, source.num_classes),
-        Classification(source.num_classes),
+        build_task(spec, source.num_classes),
         normalization=(source.mean, source.std),
         stages=spec.stages,
     )
     loader = Loader(
         source.train,
         make_sampler(distiller.sampling, source.train.targets, images, spec.seed),
-        augmentation(spec.augment or source.default_augmentation),
+        augmentation(spec.augment or source.default_augmentation, spec.task),
         Normalization(source.mean, source.std),
         views=distiller.views,
         seed=spec.seed,
@@ -240,21 +255,19 @@ def _one_batch(spec: TrainSpec, images: int) -> tuple[Distiller, Batch]:
 
 
 def _example(
-    model: str, classes: int, image_size: int | None, options: dict[str, Any]
+    model: str, task: Task, image_size: int | None, options: dict[str, Any]
 ) -> tuple[Tensor, Callable[[], nn.Module]]:
     """Return random images that a model takes, and how to make the model."""
     import torch
 
     from attar.inspection import native_input
-    from attar.tasks import Classification
     from attar.train.models import make_model
 
-    Classification(classes)  # refuses fewer than two
     if image_size is not None and image_size < 1:
         raise AttarError(f"The image size must be at least 1 pixel a side, not {image_size}.")
     # A few images gain nothing from threads, and lose much where other programs keep the processor busy.
     torch.set_num_threads(1)
-    channels, size = native_input(model)
+    channels, size = (3, _DENSE_SIDE) if task.dense else native_input(model)
     side = image_size or size
     torch.manual_seed(0)
-    return torch.randn(2, channels, side, side), lambda: make_model(model, classes, options)
+    return torch.randn(2, channels, side, side), lambda: make_model(model, task.num_classes, options, task=task.name)

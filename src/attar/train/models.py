@@ -88,6 +88,8 @@ def _family(name: str, task: str) -> _Family:
         if prefixed or short in known:
             prefix = _TORCHVISION if prefixed else ""
             return _Family(prefix, short, known, torchvision.models.get_model, {"weights_backbone": None})
+    elif name.startswith(_SMP) or short in torchvision.models.list_models(module=torchvision.models.segmentation):
+        raise AttarError(f"Model '{name}' is a segmentation network: give --task segmentation.")
     elif prefixed:
         known = torchvision.models.list_models(module=torchvision.models)
         return _Family(_TORCHVISION, short, known, torchvision.models.get_model, {})
