@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from typing import Literal, NamedTuple
+from collections.abc import Callable, Sequence
+from typing import Any, Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -22,7 +22,9 @@ _LARGEST_KERNEL = 8
 
 
 class ExitOutput(NamedTuple):
-    """What a head makes of a stage's map: a map [N, D, h, w], its mean over positions [N, D] and logits [N, K]."""
+    """What a head makes of a stage's map: a map [N, D, h, w], its mean over positions [N, D], logits [N, K] (dense:
+    [N, K, H, W]).
+    """
 
     map: Tensor
     features: Tensor
@@ -33,7 +35,8 @@ class Exit(nn.Module):
     """A neck that brings a shallow stage's map to the width of the deepest features, and a linear classifier.
 
     Shapes: [N, C_i, H_i, W_i] -> map [N, features, h, w], features [N, features], logits [N, classes]; h, w are those
-    of the last stage, or near them where the resolutions do not divide evenly.
+    of the last stage, or near them where the resolutions do not divide evenly. A dense head classifies every position
+    of its map and brings the logits bilinearly to the images' size: [N, classes, H, W].
 
     Args:
         stage: where the head stands.
@@ -45,6 +48,7 @@ class Exit(nn.Module):
             `AttentionGate`, then one `separable` convolution for every halving of the resolution (one of stride 1
             where there is none), the channels doubling up to `features`.
         norm: batch norm in the neck.
+        dense: one answer per pixel instead of one per image.
 
     Source: Zhang et al., "Be Your Own Teacher", ICCV 2019. "attention" is the released journal version; the conference
     paper does not print its layers, and "bottleneck" is luanyunteng/pytorch-be-your-own-teacher's reading of it.
@@ -58,17 +62,23 @@ class Exit(nn.Module):
         classes: int,
         kind: Literal["bottleneck", "attention"] = "bottleneck",
         norm: bool = True,
+        *,
+        dense: bool = False,
     ) -> None:
         super().__init__()
         make = _bottleneck if kind == "bottleneck" else _attention
         self.neck = make(stage, last, features, norm)
-        self.classifier = nn.Linear(features, classes)
+        self.classifier = nn.Conv2d(features, classes, 1) if dense else nn.Linear(features, classes)
+        self.dense = dense
 
-    def forward(self, x: Tensor) -> ExitOutput:
-        """Return map, features and logits."""
+    def forward(self, x: Tensor, size: tuple[int, int] | None = None) -> ExitOutput:
+        """Return map, features and logits; a dense head must be told the images' size (height, width)."""
         deep = self.neck(x)
         features = deep.mean(dim=(2, 3))
-        return ExitOutput(deep, features, self.classifier(features))
+        if not self.dense:
+            return ExitOutput(deep, features, self.classifier(features))
+        logits = F.interpolate(self.classifier(deep), size=size, mode="bilinear", align_corners=False)
+        return ExitOutput(deep, features, logits)
 
 
 def _bottleneck(stage: Stage, last: Stage, features: int, norm: bool) -> nn.Sequential:
@@ -148,7 +158,7 @@ class AttentionGate(nn.Module):
 
 
 class EarlyExit(nn.Module):
-    """A network that ends at one head: images [N, C, H, W] -> logits [N, K], nothing behind the stage is computed."""
+    """A network that ends at one head: images -> that head's logits; nothing behind the stage is computed."""
 
     def __init__(self, trunk: nn.Module, position: int, tap: Tap, head: Exit) -> None:
         super().__init__()
@@ -157,12 +167,13 @@ class EarlyExit(nn.Module):
 
     def forward(self, images: Tensor) -> Tensor:
         """Return the head's logits."""
-        logits: Tensor = self.head(to_nchw(self.trunk(images)[self._position], self._tap)).logits
+        deep = to_nchw(self.trunk(images)[self._position], self._tap)
+        logits: Tensor = self.head(deep, (images.shape[2], images.shape[3])).logits
         return logits
 
 
 class ExitEnsemble(nn.Module):
-    """The whole network with all its heads: images [N, C, H, W] -> the mean of all exits' logits [N, K]."""
+    """The whole network with all its heads: images [N, C, H, W] -> the mean of all exits' logits."""
 
     def __init__(self, trunk: nn.Module, tail: nn.Module, taps: Sequence[Tap], heads: Sequence[Exit]) -> None:
         super().__init__()
@@ -172,12 +183,17 @@ class ExitEnsemble(nn.Module):
     def forward(self, images: Tensor) -> Tensor:
         """Return the mean logits, the deepest exit's among them."""
         carried, maps = self.trunk(images)
-        logits = [head(to_nchw(x, tap)).logits for head, x, tap in zip(self.heads, maps, self._taps, strict=True)]
+        exits = zip(self.heads, maps, self._taps, strict=True)
+        logits = [head(to_nchw(x, tap), (images.shape[2], images.shape[3])).logits for head, x, tap in exits]
         return torch.stack([*logits, self.tail(*carried)]).mean(dim=0)
 
 
 def early_exits(
-    student: nn.Module, stages: Sequence[Stage], heads: Sequence[Exit], images: Tensor
+    student: nn.Module,
+    stages: Sequence[Stage],
+    heads: Sequence[Exit],
+    images: Tensor,
+    answer: Callable[[Any], Tensor] | None = None,
 ) -> dict[str, nn.Module]:
     """Return the networks that end at every head ("exit1" the shallowest) and all of them together ("ensemble").
 
@@ -188,11 +204,12 @@ def early_exits(
         stages: where, shallow to deep.
         heads: as many.
         images: an example batch for the proof of every cut.
+        answer: finds the logits among what the student returns (see `split`).
     """
     networks: dict[str, nn.Module] = {}
     for number, (stage, head) in enumerate(zip(stages, heads, strict=True), start=1):
         try:
-            halves = split(student, stage.name, images)
+            halves = split(student, stage.name, images, answer=answer)
         except AttarError:
             continue
         position = next(i for i, tap in enumerate(halves.carried) if tap and tap.module == stage.name)

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import copy
 import operator
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -81,18 +81,27 @@ class _CutTracer(fx.Tracer):
         return module_qualified_name not in self._open
 
 
-def split(network: nn.Module, cut: str, images: Tensor, tail: nn.Module | None = None) -> Split:
+def split(
+    network: nn.Module,
+    cut: str,
+    images: Tensor,
+    tail: nn.Module | None = None,
+    *,
+    answer: Callable[[Any], Tensor] | None = None,
+) -> Split:
     """Cut a network after the output of the module `cut`.
 
     Definition: `tail(*trunk(x)) == network(x)` to the last bit, in training and in evaluation mode; a cut for which
     this does not hold on `images` is refused.
 
     Args:
-        network: any module of images [N, C, H, W] -> logits [N, K].
+        network: any module of images [N, C, H, W] -> logits.
         cut: path of a module, as found by `survey` or `named_modules`.
         images: an example batch for the proof.
         tail: a module from the output of `cut` to the logits, made of the network's own layers, for networks that
             torch.fx cannot trace.
+        answer: finds the logits among what the network returns, where it returns more (a dict, auxiliary answers). The
+            tail returns them alone and has no layer that only the rest needs.
 
     Raises:
         AttarError: the cut cannot be traced, nothing lies behind it, or the halves do not equal the whole.
@@ -102,10 +111,16 @@ def split(network: nn.Module, cut: str, images: Tensor, tail: nn.Module | None =
     except AttributeError as error:
         raise AttarError(f"There is no module '{cut}' in {type(network).__name__} to cut at.") from error
     halves = _traced_halves(network, cut) if tail is None else Split(cut, _Prefix(network, cut), tail, (Tap(cut),))
+    if answer is not None and isinstance(halves.tail, fx.GraphModule):
+        halves = replace(halves, tail=_only_answer(network, halves, images, answer))
     if not any(True for _ in halves.tail.parameters()):
         raise AttarError(f"No layer lies behind '{cut}' in {type(network).__name__}: cut at an earlier stage.")
-    _prove(network, halves, images)
+    _prove(network, halves, images, answer if answer is not None else _itself)
     return halves
+
+
+def _itself(output: Any) -> Any:
+    return output
 
 
 class _Stop(Exception):  # noqa: N818 - it ends a forward early and is no error
@@ -237,7 +252,36 @@ def _tail(network: nn.Module, nodes: list[fx.Node], carried: list[fx.Node], befo
     return _unfreeze_mode(fx.GraphModule(network, graph, class_name="Tail"))
 
 
-def _prove(network: nn.Module, halves: Split, images: Tensor) -> None:
+def _only_answer(network: nn.Module, halves: Split, images: Tensor, answer: Callable[[Any], Tensor]) -> fx.GraphModule:
+    """Let a traced tail return the logits alone, without the layers that only its other answers need."""
+    tail = halves.tail
+    assert isinstance(tail, fx.GraphModule)
+    modes = {module: module.training for module in network.modules()}
+    for half in (network, halves.trunk, tail):
+        half.eval()
+    with torch.no_grad():
+        whole = tail(*halves.trunk(images))
+    for module, mode in modes.items():
+        module.training = mode
+    logits = answer(whole)
+    if whole is logits:
+        return tail
+    key = next(key for key, value in _entries(whole) if value is logits)
+    end = next(node for node in tail.graph.nodes if node.op == "output")
+    returned = end.args[0]
+    with tail.graph.inserting_before(end):
+        # What a single module returns is taken apart by the graph; what the traced forward built, here.
+        one = tail.graph.call_function(operator.getitem, (returned, key)) if isinstance(returned, fx.Node) else None
+    end.args = (one if one is not None else returned[key],)
+    tail.graph.eliminate_dead_code()
+    return _unfreeze_mode(fx.GraphModule(tail, tail.graph, class_name="Tail"))
+
+
+def _entries(output: Any) -> Iterable[tuple[Any, Any]]:
+    return output.items() if isinstance(output, Mapping) else enumerate(output)
+
+
+def _prove(network: nn.Module, halves: Split, images: Tensor, answer: Callable[[Any], Tensor]) -> None:
     """Compare whole and halves in both modes, then make the tail leave its inputs untouched."""
     buffers = {name: buffer.clone() for name, buffer in network.named_buffers()}
     modes = {module: module.training for module in network.modules()}
@@ -248,7 +292,10 @@ def _prove(network: nn.Module, halves: Split, images: Tensor) -> None:
             halves.tail.train(training)
             halves.trunk.train(training)
             results = []
-            ways: tuple[Callable[[Tensor], Any], ...] = (network, lambda x: halves.tail(*halves.trunk(x)))
+            ways: tuple[Callable[[Tensor], Any], ...] = (
+                lambda x: answer(network(x)),
+                lambda x: halves.tail(*halves.trunk(x)),
+            )
             for run in ways:
                 _restore(network, buffers)
                 with torch.random.fork_rng(devices), torch.no_grad():
@@ -286,6 +333,10 @@ def _same(a: Any, b: Any) -> bool:
         return a.shape == b.shape and torch.equal(a, b)
     if isinstance(a, tuple | list) and isinstance(b, tuple | list):
         return len(a) == len(b) and all(map(_same, a, b))
+    if isinstance(a, Mapping) and isinstance(b, Mapping):
+        return a.keys() == b.keys() and all(_same(value, b[key]) for key, value in a.items())
+    if isinstance(a, Tensor) or isinstance(b, Tensor):
+        return False
     return a is b or bool(operator.eq(a, b))
 
 

@@ -36,6 +36,7 @@ def mutual_divergences(
     reduction: Literal["mean", "sum"] = "mean",
     shift: float = 0.0,
     constant: bool = True,
+    valid: Tensor | None = None,
 ) -> list[Tensor]:
     """What every network of a group still has to learn of the others: KL from their predictions to its own.
 
@@ -45,7 +46,8 @@ def mutual_divergences(
         "logits":        d_k = T^2 KL( softmax((1/(M-1)) sum_{l != k} z_l / T) || p_k )
     with `KL(q || p) = (1/N) sum_n sum_c q_nc (log q_nc - log p_nc)`.
 
-    Shapes: M tensors [N, C] of one shape; returns M scalars in nats. One network alone has nothing to learn: 0.
+    Shapes: M tensors of one shape, [N, C] or [N, C, ...], whose mean then runs over all further axes too, or over what
+    `valid` [N, ...] marks; returns M scalars in nats. One network alone has nothing to learn: 0.
 
     Args:
         logits: z_1 ... z_M.
@@ -54,6 +56,7 @@ def mutual_divergences(
         reduction: of "each" over the others.
         shift: added to every target probability before its logarithm and not renormalised; OKDDip's code uses 1e-7.
         constant: no gradient reaches the network that a target is taken from. False moves both.
+        valid: which answers count; default: all of them.
 
     Source: Zhang et al., "Deep Mutual Learning", CVPR 2018 ("each", and "probabilities" as its DML_e); "logits" is the
     re-implementation in DefangChen/OKDDip-AAAI2020.
@@ -73,7 +76,12 @@ def mutual_divergences(
         each = torch.stack(
             [
                 kl_divergence(
-                    prediction, temperature=temperature, target_log_probs=log_t, shift=shift, constant_target=constant
+                    prediction,
+                    temperature=temperature,
+                    target_log_probs=log_t,
+                    shift=shift,
+                    constant_target=constant,
+                    valid=valid,
                 )
                 for log_t in targets
             ]

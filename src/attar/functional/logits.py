@@ -80,7 +80,7 @@ def masked_mean(values: Tensor, valid: Tensor | None) -> Tensor:
     """Return the mean of the values [N, ...] that a mask of their shape marks, all without one; 0 where none is."""
     if valid is None:
         return values.mean()
-    return (values * valid).sum() / valid.sum().clamp(min=1)
+    return values.where(valid, 0.0).sum() / valid.sum().clamp(min=1)
 
 
 def ensemble_log_probs(logits: Sequence[Tensor], temperature: float = 1.0) -> Tensor:
