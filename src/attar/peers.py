@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from functools import partial
-from typing import Literal
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -17,9 +17,16 @@ from attar.functional import ensemble_log_probs, full_precision
 from attar.method import Batch, Outputs, Probe
 from attar.tasks import Task
 
-__all__ = ["Ensemble", "PeerBatch", "Peers", "one_view_each"]
+__all__ = ["Answer", "Ensemble", "PeerBatch", "Peers", "one_view_each"]
 
 Mixture = Literal["probabilities", "logits"]
+
+
+class Answer(NamedTuple):
+    """What a peer returns: logits [N, K] or [N, K, H, W], and auxiliary ones by name (see `Task.auxiliary`)."""
+
+    logits: Tensor
+    auxiliary: Mapping[str, Tensor]
 
 
 class Peers(nn.Module):
@@ -141,6 +148,21 @@ class Peers(nn.Module):
         """Return the logits [N, K] of every peer, for images that all of them see or one batch of images each."""
         return [self._logits(network(x)) for network, x in zip(self.networks, self._each(images), strict=True)]
 
+    def answers(self, images: Tensor | Sequence[Tensor]) -> list[Answer]:
+        """Return the logits and auxiliary logits of every peer; the latter are to be trained (see `supervised`)."""
+        assert self._task is not None
+        whole = [network(x) for network, x in zip(self.networks, self._each(images), strict=True)]
+        name = f"peer of {self._method}"
+        return [Answer(self._task.logits(output, name), self._task.auxiliary(output)) for output in whole]
+
+    def supervised(self, answer: Answer, targets: Tensor) -> Tensor:
+        """Return a peer's own supervised loss, with the auxiliary answers' at the weight that the student's have."""
+        assert self._task is not None
+        loss = self._task.loss(answer.logits, targets)
+        for logits in answer.auxiliary.values():
+            loss = loss + self._task.auxiliary_weight * self._task.loss(logits, targets)
+        return loss
+
     def outputs(self, images: Tensor | Sequence[Tensor]) -> list[Outputs]:
         """Return logits and taps of every peer, from one pass each; needs `build(probe, taps=...)`."""
         if len(self._recorders) != len(self.networks):
@@ -169,7 +191,8 @@ class Peers(nn.Module):
         if not plain:
             return {}
         named: dict[str, nn.Module] = {f"peer{number}": network for number, network in enumerate(plain, 1)}
-        return {**named, "ensemble": Ensemble([student, *plain], mixture)}
+        answer = self._task.logits if self._task is not None and self._task.dense else None
+        return {**named, "ensemble": Ensemble([student, *plain], mixture, answer)}
 
     def _plain(self, number: int) -> nn.Module:
         """The peer without the hooks that read it: the same tensors in modules of their own."""
@@ -192,19 +215,32 @@ def _begin_alike(one: nn.Module, other: nn.Module) -> bool:
 
 
 class Ensemble(nn.Module):
-    """Networks whose mean is the answer, images [N, C, H, W] -> logits [N, K].
+    """Networks whose mean is the answer, images [N, C, H, W] -> logits [N, K] or [N, K, H, W].
 
     Definition: `log (1/M) sum_m softmax(z_m)`, or `(1/M) sum_m z_m` for the mixture "logits".
+
+    Args:
+        networks: the M networks.
+        mixture: what is averaged.
+        answer: finds the logits among what a network returns; None: it returns them alone.
     """
 
-    def __init__(self, networks: Sequence[nn.Module], mixture: Mixture = "probabilities") -> None:
+    def __init__(
+        self,
+        networks: Sequence[nn.Module],
+        mixture: Mixture = "probabilities",
+        answer: Callable[[Any], Tensor] | None = None,
+    ) -> None:
         super().__init__()
         self.networks = nn.ModuleList(networks)
         self.mixture = mixture
+        self._answer = answer
 
     def forward(self, images: Tensor) -> Tensor:
         """Return the mixture's logits (log-probabilities where probabilities are averaged)."""
         logits = [network(images) for network in self.networks]
+        if self._answer is not None:
+            logits = [self._answer(output) for output in logits]
         if self.mixture == "probabilities":
             return ensemble_log_probs(logits)
         return torch.stack([full_precision(z) for z in logits]).mean(dim=0)

@@ -34,7 +34,7 @@ class AT(Method):
     Shapes: maps [N, C, H, W] and [N, C', H', W'], channels free; where sizes differ the larger features are
     average-pooled to the smaller size first, each axis on its own. No unit; with "code" a stage lies in
     [0, 2 / (H W)], so that w depends on the resolution: twice the side is a quarter of the term.
-    Data: one view, seen by student and teachers alike; any sampler.
+    Data: one view, seen by student and teachers alike; any sampler. In dense tasks the stages are those of the encoder.
 
     Cost: one forward of every teacher, up to the deepest stage that is read; the rest is negligible. Deployed: nothing.
 
@@ -67,6 +67,8 @@ class AT(Method):
     for both axes. The released code reads the sums before the last batch norm and ReLU of a group; here stages are
     read as the student has them. The gradient-based variant, absent from the released code, is not built.
     """
+
+    not_dense = ""
 
     def __init__(
         self,
@@ -114,7 +116,13 @@ class AT(Method):
         readers = []
         for teacher in self._teachers:
             anatomy = adapt_teacher(
-                teacher, probe.student, probe.normalization, probe.images, "AT", self.teacher_stages
+                teacher,
+                probe.student,
+                probe.normalization,
+                probe.images,
+                "AT",
+                self.teacher_stages,
+                task=probe.task,
             )
             theirs = chosen_stages(anatomy, self.teacher_stages, self.layers)
             as_seen = probe.images.new_empty(2, *anatomy.input_shape)

@@ -51,6 +51,7 @@ class BAKE(Method):
     """
 
     needs = frozenset({"labels"})
+    not_dense = "it draws batches by the images' classes, and an image of a dense task has several"
 
     def __init__(
         self,

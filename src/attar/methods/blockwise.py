@@ -109,6 +109,7 @@ class Blockwise(Method):
     """
 
     claims: Mapping[str, str] = {"student's widths": "Blockwise removes channels"}
+    not_dense = "its channel removal follows the channels of a classifier, not those of a decoder with skips"
 
     def __init__(
         self,

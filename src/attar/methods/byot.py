@@ -13,8 +13,9 @@ from torch import Tensor, nn
 from attar.anatomy import Anatomy, Stage, Tap
 from attar.anatomy.heads import Exit, ExitOutput, early_exits
 from attar.errors import AttarError
-from attar.functional import full_precision, gathered, kl_divergence
+from attar.functional import full_precision, gathered, kl_divergence, masked_mean
 from attar.method import Batch, Method, Outputs, Probe
+from attar.tasks import Task
 
 __all__ = ["BYOT"]
 
@@ -66,6 +67,10 @@ class BYOT(Method):
     Shapes: one map [N, C_i, H_i, W_i] per stage, logits [N, K]. Units: nats; the hint in squared feature units
     (journal: feature units). Data: one view, labels, any sampler.
 
+    Dense tasks: exits stand behind the encoder's shallow stages. Each classifies every position of its neck's map and
+    brings the logits bilinearly to the images' size, [N, K, H, W]; CE and KD are averaged over valid pixels, and the
+    hint compares pooled features with the encoder's last ones.
+
     Cost: the heads (ResNet-18 for small images, 100 classes: 1.16 times the parameters and 1.07 times the
     multiply-adds; journal 1.14 and 1.05). Deployed: nothing, or an exit: a network that ends early ("exit1" is the
     shallowest), or the mean of all exits' logits ("ensemble").
@@ -105,6 +110,8 @@ class BYOT(Method):
     journal form with soft="kl", squared_temperature and no adapt. Left out: Self-KD-Lib's heads, which are
     copies of the network's own stages; the released code's second optimiser and its unused adaptation layer.
     """
+
+    not_dense = ""
 
     def __init__(
         self,
@@ -161,6 +168,7 @@ class BYOT(Method):
             self.claims = {"task weight": f"BYOT gives the deepest cross-entropy weight {task_weight}"}
         self._stages: tuple[Stage, ...] = ()
         self._images: tuple[Tensor, ...] = ()
+        self._task: Task | None = None
 
     def build(self, probe: Probe) -> None:
         """Make a head behind every shallow stage, and the hint's linear layers."""
@@ -171,10 +179,11 @@ class BYOT(Method):
         if last.name in names:
             raise AttarError(f"BYOT's deepest exit is the network itself: leave '{last.name}' out of exits.")
         self._stages = tuple(anatomy.find(name) for name in names)
-        self._images = (probe.images,)
+        self._images, self._task = (probe.images,), probe.task
         width = last.channels if self.hint == "map" else anatomy.embedding_dim
+        classes, dense = probe.task.num_classes, probe.task.dense
         self.exits = nn.ModuleList(
-            Exit(stage, last, width, probe.task.num_classes, self.heads, self.head_norm) for stage in self._stages
+            Exit(stage, last, width, classes, self.heads, self.head_norm, dense=dense) for stage in self._stages
         )
         self.adapters = nn.ModuleList(nn.Linear(width, width) for _ in self._hinted() if self.adapt)
 
@@ -188,15 +197,16 @@ class BYOT(Method):
 
     def losses(self, outputs: Outputs, batch: Batch, progress: Tensor) -> dict[str, Tensor]:
         """Return `ce_exits`, `kd` and `hint`."""
+        size = (outputs.images.shape[2], outputs.images.shape[3])
         answers: list[ExitOutput] = [
-            exit_(outputs[stage.tap]) for exit_, stage in zip(self.exits, self._stages, strict=True)
+            exit_(outputs[stage.tap], size) for exit_, stage in zip(self.exits, self._stages, strict=True)
         ]
         ce = [outputs.task_loss(answer.logits, batch.targets) for answer in answers]
         logits = [*(answer.logits for answer in answers), outputs.logits]
         if self.imitate == "deepest":
-            kd = [self._imitation(own, outputs.logits) for own in logits[:-1]]
+            kd = [self._imitation(own, outputs.logits, batch.valid) for own in logits[:-1]]
         else:
-            kd = [self._imitation(own, other) for own, other in itertools.permutations(logits, 2)]
+            kd = [self._imitation(own, other, batch.valid) for own, other in itertools.permutations(logits, 2)]
         hints = [self._hint(answers[i], i, outputs) for i in self._hinted()]
         return {
             "ce_exits": torch.stack(ce).sum(),
@@ -204,12 +214,15 @@ class BYOT(Method):
             "hint": torch.stack(hints).sum() if hints else ce[0].new_zeros(()),
         }
 
-    def _imitation(self, logits: Tensor, deepest: Tensor) -> Tensor:
+    def _imitation(self, logits: Tensor, deepest: Tensor, valid: Tensor | None = None) -> Tensor:
         if self.soft == "kl":
-            return kl_divergence(logits, deepest, self.temperature, squared_temperature=self.squared_temperature)
+            squared = self.squared_temperature
+            return kl_divergence(logits, deepest, self.temperature, squared_temperature=squared, valid=valid)
         target = torch.softmax(full_precision(deepest.detach()) / self.temperature, dim=1)
         log_p = torch.log_softmax(full_precision(logits) / self.temperature, dim=1)
-        return -(target * log_p).sum(dim=1).mean() * (self.temperature**2 if self.squared_temperature else 1.0)
+        return -masked_mean((target * log_p).sum(dim=1), valid) * (
+            self.temperature**2 if self.squared_temperature else 1.0
+        )
 
     def _hint(self, answer: ExitOutput, position: int, outputs: Outputs) -> Tensor:
         if self.hint == "map":
@@ -242,7 +255,8 @@ class BYOT(Method):
         like = next(student.parameters())
         images = self._images[0].to(device=like.device, dtype=like.dtype)
         heads = [exit_ for exit_ in self.exits if isinstance(exit_, Exit)]
-        return early_exits(student, self._stages, heads, images)
+        answer = self._task.logits if self._task is not None else None
+        return early_exits(student, self._stages, heads, images, answer)
 
 
 def _one_of(option: str, value: str, known: tuple[str, ...]) -> None:

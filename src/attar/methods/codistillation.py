@@ -66,6 +66,8 @@ class Codistillation(Method):
     exchanges weights without batch statistics and keeps the copies in training mode; here they have both right.
     """
 
+    not_dense = "its replicas exchange one answer per image (DML, which is near to it, serves dense tasks)"
+
     def __init__(
         self,
         *,

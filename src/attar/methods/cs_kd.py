@@ -52,6 +52,7 @@ class CSKD(Method):
 
     sampling = ClassPairs()
     needs = frozenset({"labels"})
+    not_dense = "it pairs images of one class, and an image of a dense task has several"
 
     def __init__(self, *, temperature: float = 4.0, weight: float = 1.0) -> None:
         super().__init__()

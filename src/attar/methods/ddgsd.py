@@ -54,6 +54,7 @@ class DDGSD(Method):
     """
 
     views = 2
+    not_dense = "its two views of an image are cropped and flipped apart, so that their pixels do not correspond"
 
     def __init__(
         self,

@@ -51,6 +51,7 @@ class DLB(Method):
     """
 
     sampling = Overlapping()
+    not_dense = "it compares answers under two augmentations, whose pixels do not correspond"
 
     def __init__(self, *, temperature: float = 3.0, alpha: float = 1.0) -> None:
         super().__init__()

@@ -29,7 +29,8 @@ class DML(Method):
     Since targets are constants, network k receives the gradient of L_k alone.
     Terms: `task` is CE(z_1, y) and `kl` the student's divergence; `ce_peers` and `kl_peers` are the peers' summed.
 
-    Shapes: logits [N, K]. Unit: nats. Data: one view, labels, any sampler.
+    Shapes: logits [N, K]; in dense tasks [N, K, H, W], CE and KL are averaged over the valid pixels of the batch, and
+    peers learn their auxiliary answers too (in `ce_peers`). Unit: nats. Data: one view, labels, any sampler.
 
     Cost: M whole networks in memory, forward and backward; two of a kind cost twice the student. The KL is free.
     Deployed: nothing; every peer can be kept instead ("peer1"), or the mean of all probabilities ("ensemble").
@@ -61,6 +62,8 @@ class DML(Method):
     the official code does too, with another batch for every network. Its 1e-8 inside the logarithm's ratio is not
     needed here and left out.
     """
+
+    not_dense = ""
 
     def __init__(
         self,
@@ -100,18 +103,19 @@ class DML(Method):
 
     def losses(self, outputs: Outputs, batch: Batch, progress: Tensor) -> dict[str, Tensor]:
         """Return `kl`, and `ce_peers` and `kl_peers` where there are peers."""
-        peers = self.peers(outputs.images)
+        peers = self.peers.answers(outputs.images)
         own, *others = mutual_divergences(
-            [outputs.logits, *peers],
+            [outputs.logits, *(answer.logits for answer in peers)],
             self.temperature,
             target=self.target,
             reduction=self.reduction,
             shift=self.target_shift,
             constant=self.constant_targets,
+            valid=batch.valid,
         )
         if not peers:
             return {"kl": own}
-        ce = [outputs.task_loss(z, batch.targets) for z in peers]
+        ce = [self.peers.supervised(answer, batch.targets) for answer in peers]
         return {"kl": own, "ce_peers": torch.stack(ce).sum(), "kl_peers": torch.stack(others).sum()}
 
     def weights(self, progress: Tensor) -> Mapping[str, float | Tensor]:

@@ -68,6 +68,8 @@ class FitNet(Method):
     built (its values are not known for certain).
     """
 
+    not_dense = "its hints have been built for classifiers only (AT and InDistill read the stages of dense networks)"
+
     def __init__(
         self,
         teachers: Teacher | nn.Module | Sequence[Teacher | nn.Module],

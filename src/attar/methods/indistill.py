@@ -51,7 +51,8 @@ class InDistill(Method):
     Terms: `mse`, in the phases only; in the main training the method adds nothing.
 
     Shapes: maps [N, C, H, W], any C, H, W: the larger map is averaged to the smaller one's size (our extension).
-    Stages are paired in order, or by resolution where they are not as many. No unit. Data: one view, no labels.
+    Stages are paired in order, or by resolution where they are not as many; in dense tasks they are those of the
+    encoder. No unit. Data: one view, no labels.
 
     Cost: in phase l both forwards end at stage l: cheaper than plain training. No auxiliary. Training FLOPs and step
     time, where they are reported, are those of the main training. Deployed: nothing.
@@ -86,6 +87,8 @@ class InDistill(Method):
     epoch. The released main training is PKT without labels; here the labels are learnt too unless a method says
     otherwise.
     """
+
+    not_dense = ""
 
     def __init__(
         self,
@@ -127,7 +130,7 @@ class InDistill(Method):
     def build(self, probe: Probe) -> None:
         """Pair the stages and select the teacher's channels."""
         (teacher,) = self._teacher
-        anatomy = adapt_teacher(teacher, probe.student, probe.normalization, probe.images, "InDistill")
+        anatomy = adapt_teacher(teacher, probe.student, probe.normalization, probe.images, "InDistill", task=probe.task)
         ours = chosen_stages(probe.anatomy, self.stages, "all")
         theirs = chosen_stages(anatomy, self.teacher_stages, "all") if ours else ()
         named = self.stages is not None or self.teacher_stages is not None

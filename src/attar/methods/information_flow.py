@@ -74,6 +74,8 @@ class InformationFlow(Method):
     with the run; the released optimiser is new in every epoch.
     """
 
+    not_dense = "it compares the embeddings that classifiers read, and a dense network has none"
+
     def __init__(
         self,
         teachers: Teacher | nn.Module | Sequence[Teacher | nn.Module],

@@ -24,7 +24,8 @@ class KD(Method):
     teachers t is the mean of their probabilities at T. KL is summed over classes and averaged over the batch.
     Terms: `kl`, T^2 included.
 
-    Shapes: logits [N, K] of student and teachers. Unit: nats. Data: one view, seen by student and teachers alike.
+    Shapes: logits [N, K] of student and teachers; in dense tasks [N, K, H, W], and KL is averaged over the valid pixels
+    of the batch. Unit: nats. Data: one view, seen by student and teachers alike.
 
     Cost: one forward of every teacher per step; with the run's options `augment_cycle` and `cache_teachers` none once
     every augmentation has been seen. Deployed: nothing.
@@ -47,6 +48,7 @@ class KD(Method):
     """
 
     asks_logits_only = True
+    not_dense = ""
 
     def __init__(
         self,
@@ -89,7 +91,8 @@ class KD(Method):
         """Return `kl`."""
         answers = [teacher.answer(outputs.images, batch.index, batch.views) for teacher in self._teachers]
         target = ensemble_log_probs(answers, self.temperature)
-        return {"kl": kl_divergence(outputs.logits, temperature=self.temperature, target_log_probs=target)}
+        kl = kl_divergence(outputs.logits, temperature=self.temperature, target_log_probs=target, valid=batch.valid)
+        return {"kl": kl}
 
     def weights(self, progress: Tensor) -> Mapping[str, float | Tensor]:
         """Constant."""

@@ -70,6 +70,7 @@ class KDCL(Method):
     """
 
     needs = frozenset({"labels"})
+    not_dense = "every network sees a view of its own, and the pixels of the views do not correspond"
 
     def __init__(
         self,

@@ -106,6 +106,8 @@ class MEAL(Method):
     where the code's default is 1; there are at most as many depths as stages.
     """
 
+    not_dense = "its discriminators judge one answer per image"
+
     def __init__(
         self,
         teachers: Teacher | nn.Module | Sequence[Teacher | nn.Module],

@@ -60,6 +60,8 @@ class Moonshine(Method):
     group; here stages are read as the student has them.
     """
 
+    not_dense = "it has been built for classifiers only (use AT and KD beside a network made cheap)"
+
     def __init__(
         self,
         teachers: Teacher | nn.Module | Sequence[Teacher | nn.Module],

@@ -71,6 +71,8 @@ class OKDDip(Method):
     the step; in its DenseNet all branches share their weights by mistake, here none do.
     """
 
+    not_dense = "it weighs its peers by the embeddings that classifiers read, and a dense network has none"
+
     def __init__(
         self,
         *,

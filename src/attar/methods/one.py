@@ -61,6 +61,10 @@ class ONE(Method):
 
     Shapes: taps at the cut, logits [N, K]. Unit: nats. Data: one view, labels, any sampler.
 
+    Dense tasks: logits [N, K, H, W], CE and KL averaged over valid pixels, and still one gate value per sample and
+    branch. Decoder and head are replicated: by default the cut lies behind the encoder. A student's auxiliary answers
+    stay its own; no branch has them.
+
     Cost: one extra tail per auxiliary branch (ResNet-32: 1.65 times the multiply-adds for B = 3), no extra pass.
     Deployed: nothing.
 
@@ -70,7 +74,8 @@ class ONE(Method):
     Args:
         branches: B, the student's own included.
         temperature: T.
-        cut: stage (or module) after which the network is replicated; default: before the last stage.
+        cut: stage (or module) after which the network is replicated; default: before the last stage, in dense tasks
+            behind it.
         variant: "code" is the released code: ramp over 80 of 300 epochs, 1e-7 added to the targets. "paper" is the
             printed objective: no ramp, no shift.
         ramp: share of the run over which w grows to 1 (0: w = 1 at once); default: the variant's.
@@ -89,6 +94,8 @@ class ONE(Method):
     Differences: the gate pools globally instead of over a fixed 16 x 16 map; progress moves by the step instead of
     by the epoch (the same values at every epoch's start); the student and any cut are free.
     """
+
+    not_dense = ""
 
     def __init__(
         self,
@@ -131,13 +138,15 @@ class ONE(Method):
     def build(self, probe: Probe) -> None:
         """Cut the student and make the auxiliary branches and the gate."""
         anatomy = probe.anatomy
-        if self.cut is None:
+        if self.cut is not None:
+            stage = anatomy.find(self.cut)
+        elif probe.task.dense:
+            stage = anatomy.stages[-1]
+        else:
             if len(anatomy.stages) < 2:
                 raise AttarError("ONE finds only one stage, so it cannot cut before the last: name a module with cut=.")
             stage = anatomy.stages[-2]
-        else:
-            stage = anatomy.find(self.cut)
-        halves = split(probe.student, stage.name, probe.images, self._given_tail[0])
+        halves = split(probe.student, stage.name, probe.images, self._given_tail[0], answer=probe.task.logits)
         self._split, self._stage = (halves,), stage
         self.tails = nn.ModuleList(replica(halves.tail) for _ in range(self.branches - 1))
         self.gate = Gate(stage.channels, self.branches, self.gate_norm) if self.gate_kind == "learned" else None
@@ -154,7 +163,7 @@ class ONE(Method):
         logits = [outputs.logits, *(tail(*carried) for tail in self.tails)]
         ensemble = self.ensemble(logits, outputs[self._stage.tap])
         ce = [outputs.task_loss(z, batch.targets) for z in logits[1:]]
-        kl = [kl_divergence(z, ensemble, self.temperature, shift=self.target_shift) for z in logits]
+        kl = [kl_divergence(z, ensemble, self.temperature, shift=self.target_shift, valid=batch.valid) for z in logits]
         return {
             "ce_branches": torch.stack(ce).sum() if ce else ensemble.new_zeros(()),
             "ce_ensemble": outputs.task_loss(ensemble, batch.targets),
@@ -162,7 +171,7 @@ class ONE(Method):
         }
 
     def ensemble(self, logits: Sequence[Tensor], features: Tensor) -> Tensor:
-        """Return the teacher's logits z_e [N, K] from branch logits and the shared map [N, C, H, W]."""
+        """Return the teacher's logits z_e, shaped as those of the branches, from them and the map [N, C, H, W]."""
         return _ensemble(logits, features, self.gate)
 
     def weights(self, progress: Tensor) -> Mapping[str, float | Tensor]:
@@ -183,7 +192,7 @@ def _ensemble(logits: Sequence[Tensor], features: Tensor, gate: nn.Module | None
 
 
 class NativeEnsemble(nn.Module):
-    """ONE-E: trunk, every branch and the gate as one network, images [N, C, H, W] -> logits [N, K]."""
+    """ONE-E: trunk, every branch and the gate as one network, images [N, C, H, W] -> logits [N, K] or [N, K, H, W]."""
 
     def __init__(self, halves: Split, tails: nn.ModuleList, gate: nn.Module | None, stage: Stage) -> None:
         super().__init__()

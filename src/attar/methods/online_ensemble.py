@@ -78,6 +78,8 @@ class OnlineEnsemble(Method):
     comes out equal, inner layers and transitions differ by a few channels).
     """
 
+    not_dense = "it narrows what lies behind its base for classifiers only, not decoders with skips"
+
     def __init__(
         self,
         *,

@@ -60,6 +60,7 @@ class OSAKD(Method):
     """
 
     needs = frozenset({"labels"})
+    not_dense = "its neighbours vote with one label per image"
 
     def __init__(
         self,

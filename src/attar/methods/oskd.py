@@ -67,6 +67,7 @@ class OSKD(Method):
     """
 
     needs = frozenset({"labels"})
+    not_dense = "it looks for neighbours among the images of one class, and an image of a dense task has several"
 
     def __init__(
         self,

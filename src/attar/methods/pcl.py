@@ -72,6 +72,8 @@ class PCL(Method):
     when the next step begins, so after the last one they lag by it.
     """
 
+    not_dense = "every branch sees a view of its own, and the pixels of the views do not correspond"
+
     def __init__(
         self,
         *,

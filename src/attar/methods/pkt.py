@@ -76,6 +76,8 @@ class PKT(Method):
     j = i (unverified), the code does not. The exponential and Kagan divergences of passalis/pkth are not built.
     """
 
+    not_dense = "it compares the embeddings that classifiers read, and a dense network has none"
+
     def __init__(
         self,
         teachers: Teacher | nn.Module | Sequence[Teacher | nn.Module],

@@ -50,6 +50,7 @@ class PSKD(Method):
     """
 
     needs = frozenset({"labels"})
+    not_dense = "it remembers one answer per image, and augmentation moves the pixels from epoch to epoch"
     memory: Tensor
 
     def __init__(self, *, alpha: float = 0.8) -> None:

@@ -30,7 +30,8 @@ class SAD(Method):
     Terms: `attention`, that sum. Bilinear resizing of squared maps, then the softmax over positions of each map.
 
     Shapes: stage maps [N, C_m, H_m, W_m], any sizes. No unit; each pair lies in [0, 2 / (H_m W_m)], and shrinks like
-    1 / (H W)^2, so that weights do not transfer between resolutions. Data: one view, any sampler.
+    1 / (H W)^2, so that weights do not transfer between resolutions: segmentation has larger maps and needs larger
+    ones than classification. In dense tasks the stages are those of the encoder. Data: one view, any sampler.
 
     Cost: a sum over channels, a resizing and a softmax per stage: next to nothing. Deployed: nothing.
 
@@ -67,6 +68,8 @@ class SAD(Method):
     (arXiv 1908.00821). The paper's text was not at hand: this follows its abstract and figure, the modules of
     cardwing/Codes-for-Lane-Detection (where the loss itself is commented out) and both third-party codes named above.
     """
+
+    not_dense = ""
 
     def __init__(
         self,

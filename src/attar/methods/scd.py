@@ -48,7 +48,7 @@ class SCD(Method):
 
     Shapes: features [B, C, H, W], any C, H, W. No unit; each pair lies in [0, 2 / B], and 1e-4 to 1e-3 is usual: hence
     a weight of hundreds or thousands. Data: one view, any sampler, no labels for this term; batches of 16 or more. A
-    batch of one gives 0.
+    batch of one gives 0. In dense tasks the layers are stages of the encoder.
 
     Cost: B H W multiply-adds an image and layer, a thousandth of a forward. Deployed: nothing.
 
@@ -80,6 +80,8 @@ class SCD(Method):
     Source: Wan, Mao, Wang, Liu, Ping, Computer Science (jsjkx) 50(11), 259-268, 2023, doi 10.11896/jsjkx.221000009, in
     Chinese; the English title is ours. No code is known.
     """
+
+    not_dense = ""
 
     def __init__(
         self,

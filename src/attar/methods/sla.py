@@ -60,6 +60,7 @@ class SLA(Method):
     """
 
     needs = frozenset({"labels"})
+    not_dense = "its second head names class and rotation of the whole image"
 
     def __init__(
         self,

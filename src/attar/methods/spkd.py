@@ -32,7 +32,8 @@ class SPKD(Method):
     Terms: `similarity`, that sum without w; of several teachers the mean.
 
     Shapes: features [B, C, H, W], any C, H, W. No unit; each layer lies in [0, 4 / B], after ReLUs in [0, 2 / B].
-    Data: one view, seen by student and teachers alike; any sampler. Small batches carry few relations.
+    Data: one view, seen by student and teachers alike; any sampler. Small batches carry few relations. In dense tasks
+    the stages are those of the encoder.
 
     Cost: B CHW multiply-adds an image and layer; with teachers one forward of each. Deployed: nothing.
 
@@ -61,6 +62,8 @@ class SPKD(Method):
     Source: Tung and Mori, "Similarity-Preserving Knowledge Distillation", ICCV 2019 (arXiv 1907.09682). There is no
     official code; HobbitLong/RepDistiller's, verified by the first author as it says, has this reduction.
     """
+
+    not_dense = ""
 
     def __init__(
         self,
@@ -116,7 +119,7 @@ class SPKD(Method):
             if teacher.network is probe.student:
                 raise AttarError("SPKD's teacher is the student itself: give an earlier training, or no teacher.")
             teacher.adapt(probe.normalization, probe.images, probe.task)
-            anatomy = teacher_anatomy(teacher, probe.images, self.teacher_stages)
+            anatomy = teacher_anatomy(teacher, probe.images, self.teacher_stages, dense=probe.task.dense)
             theirs = chosen_stages(anatomy, self.teacher_stages, self.layers)
             pairs = paired_stages(self._stages, theirs, method="SPKD", teacher=teacher.name, named=named)
             own, theirs = zip(*pairs, strict=True)

@@ -110,6 +110,8 @@ class SRM(Method):
     rate; probabilities are clamped to [1e-7, 1 - 1e-7] in the binary cross-entropy.
     """
 
+    not_dense = "the embedding that classifiers read is one of its taps, and a dense network has none"
+
     def __init__(
         self,
         teachers: Teacher | nn.Module | Sequence[Teacher | nn.Module],

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -12,6 +12,7 @@ from torch import Tensor
 from attar.anatomy import Anatomy, Tap
 from attar.errors import AttarError
 from attar.method import Batch, Method, Outputs, Probe
+from attar.tasks import Task
 
 __all__ = ["Supervised"]
 
@@ -22,6 +23,10 @@ class Supervised(Method):
     Definition: the targets of every cross-entropy of the run become `(1 - e) q + e / K`, with q one-hot or, under
     mixing, `lambda q_a + (1 - lambda) q_b` for the mixed image `lambda x_a + (1 - lambda) x_b` (Mixup) or x_a with a
     box of share 1 - lambda from x_b (CutMix), lambda ~ Beta(a, a) once per batch. It adds no term of its own.
+
+    Dense tasks have label smoothing alone, of the student's own cross-entropy (its auxiliary answers' among it, not
+    those of branches or peers) over valid pixels: `(1 - e) CE(z, y) + e U`, U the cross-entropy from the uniform
+    distribution over classes, which is the term `uniform`.
 
     Shapes: images [N, C, H, W], targets [N] -> [N, K]. Data: one view, any sampler. With both mixings each batch takes
     one of them, at even odds.
@@ -37,7 +42,7 @@ class Supervised(Method):
         cutmix: CutMix's a; 0 is off, 1.0 usual.
 
     Raises:
-        AttarError: a value out of range.
+        AttarError: a value out of range, or mixing in a dense task.
 
     Sources: Szegedy et al., CVPR 2016; Zhang et al., "mixup", ICLR 2018; Yun et al., "CutMix", ICCV 2019. Mixing is
     torchvision's; it draws from torch's global generator and breaks the graph of a compiled step.
@@ -54,13 +59,15 @@ class Supervised(Method):
         self.cutmix = cutmix
         if label_smoothing or mixup or cutmix:
             self.claims = {"targets": "Supervised smooths or mixes them"}
+        self.not_dense = ""
         if mixup or cutmix:
+            self.not_dense = "Mixup and CutMix mix the labels of whole images, and the pixels of a mask have their own"
             self.breaks = frozenset({"labels"})
-        self._num_classes = 0
+        self._task: Task | None = None
 
     def build(self, probe: Probe) -> None:
-        """Remember the number of classes."""
-        self._num_classes = probe.task.num_classes
+        """Remember the task."""
+        self._task = probe.task
 
     def taps(self, anatomy: Anatomy) -> Sequence[Tap]:
         """None."""
@@ -68,23 +75,43 @@ class Supervised(Method):
 
     def prepare(self, batch: Batch) -> Batch:
         """Mix the images and soften the targets."""
-        if not self.training or not (self.label_smoothing or self.mixup or self.cutmix):
+        if not self.training or self._smooths_pixels or not (self.label_smoothing or self.mixup or self.cutmix):
             return batch
+        assert self._task is not None
+        classes = self._task.num_classes
         labels = batch.labels
         if labels is None:
             raise AttarError("Supervised needs class indices as targets to smooth or mix them.")
         if self.mixup or self.cutmix:
-            images, targets = _mix(batch.images, labels, self._num_classes, self.mixup, self.cutmix)
+            images, targets = _mix(batch.images, labels, classes, self.mixup, self.cutmix)
             batch = dataclasses.replace(batch, images=images, targets=targets, labels=None)
         else:
-            one_hot = F.one_hot(labels, self._num_classes).to(batch.images.dtype)
+            one_hot = F.one_hot(labels, classes).to(batch.images.dtype)
             batch = dataclasses.replace(batch, targets=one_hot)
-        smoothed = batch.targets * (1.0 - self.label_smoothing) + self.label_smoothing / self._num_classes
+        smoothed = batch.targets * (1.0 - self.label_smoothing) + self.label_smoothing / classes
         return dataclasses.replace(batch, targets=smoothed)
 
     def losses(self, outputs: Outputs, batch: Batch, progress: Tensor) -> dict[str, Tensor]:
-        """No term: the student's own supervised loss already uses the prepared targets."""
-        return {}
+        """Return `uniform` in dense tasks, else nothing: the student's own loss already uses the prepared targets."""
+        task = self._task
+        if task is None or not self._smooths_pixels:
+            return {}
+        uniform = task.loss(outputs.logits, batch.targets, label_smoothing=1.0)
+        for logits in outputs.auxiliary.values():
+            uniform = uniform + task.auxiliary_weight * task.loss(logits, batch.targets, label_smoothing=1.0)
+        return {"uniform": uniform}
+
+    def weights(self, progress: Tensor) -> Mapping[str, float | Tensor]:
+        """Constant."""
+        return {"uniform": self.label_smoothing} if self._smooths_pixels else {}
+
+    def task_weight(self, progress: Tensor) -> float | Tensor:
+        """1, in dense tasks 1 - e."""
+        return 1.0 - self.label_smoothing if self._smooths_pixels else 1.0
+
+    @property
+    def _smooths_pixels(self) -> bool:
+        return self.training and self._task is not None and self._task.dense and self.label_smoothing > 0
 
 
 @torch.compiler.disable  # type: ignore[untyped-decorator]

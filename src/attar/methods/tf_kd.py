@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from attar.anatomy import Anatomy, Tap
 from attar.errors import AttarError
-from attar.functional import full_precision, kl_divergence
+from attar.functional import full_precision, kl_divergence, masked_mean
 from attar.method import Batch, Method, Outputs, Probe
 from attar.teacher import Teacher
 
@@ -46,7 +46,8 @@ class TfKD(Method):
     and w = alpha m / K. Its softmax is taken of probabilities, so that the target is nearly uniform (K = 100, T = 20:
     0.010502 for the true class, 0.009995 for the others): less label smoothing than a pull to the uniform.
 
-    Shapes: logits [N, K]. Unit: nats. Data: one view, labels; where Mixup or CutMix leave none, p is mixed as the
+    Shapes: logits [N, K]; in dense tasks [N, K, H, W] with a p for every pixel, KL and H averaged over the valid
+    pixels of the batch. Unit: nats. Data: one view, labels; where Mixup or CutMix leave none, p is mixed as the
     targets are.
 
     Cost: none for the regularised forms; the self form takes an earlier training and one forward of it per step.
@@ -72,6 +73,7 @@ class TfKD(Method):
     """
 
     asks_logits_only = True
+    not_dense = ""
 
     def __init__(
         self,
@@ -136,20 +138,27 @@ class TfKD(Method):
         logits, temperature = outputs.logits, self.temperature
         if self._teachers:
             answer = self._teachers[0].answer(outputs.images, batch.index, batch.views)
-            return {"kl": kl_divergence(logits, answer, temperature)}
+            return {"kl": kl_divergence(logits, answer, temperature, valid=batch.valid)}
         p = self.virtual_teacher(batch, logits)
         if self.variant == "self-kd-lib":
             log_q = torch.log_softmax(full_precision(logits) / temperature, dim=1)
-            return {"cross_entropy": -(p * log_q).sum(dim=1).mean() / temperature}
+            return {"cross_entropy": -masked_mean((p * log_q).sum(dim=1), batch.valid) / temperature}
         if self.variant == "paper":
             target = torch.log_softmax(p.log() / temperature, dim=1)
-            return {"kl": kl_divergence(logits, None, temperature, target_log_probs=target, squared_temperature=False)}
-        return {"kl": kl_divergence(logits, target_log_probs=torch.log_softmax(p / temperature, dim=1))}
+        else:
+            target, temperature = torch.log_softmax(p / temperature, dim=1), 1.0
+        kl = kl_divergence(
+            logits, None, temperature, target_log_probs=target, squared_temperature=False, valid=batch.valid
+        )
+        return {"kl": kl}
 
     def virtual_teacher(self, batch: Batch, logits: Tensor) -> Tensor:
-        """Return p [N, K], the hand-made teacher's probabilities."""
+        """Return p, shaped as the logits: the hand-made teacher's probabilities; of void pixels any."""
         classes = logits.shape[1]
-        q = batch.targets if batch.labels is None else F.one_hot(batch.labels, classes)
+        q = batch.targets
+        if batch.labels is not None:
+            labels = batch.labels if batch.valid is None else batch.labels.where(batch.valid, 0)
+            q = F.one_hot(labels, classes).movedim(-1, 1)
         q = q.to(full_precision(logits).dtype)
         return self.true_class * q + (1.0 - self.true_class) / (classes - 1) * (1.0 - q)
 
