@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -12,7 +13,7 @@ from torch import Tensor, nn
 from attar.distiller import Distiller
 from attar.method import Batch, Method, Terms
 from attar.sampling import ClassPairs
-from attar.tasks import Classification
+from attar.tasks import Classification, Segmentation, Task
 
 __all__ = ["MethodContract"]
 
@@ -21,7 +22,8 @@ class MethodContract:
     """What every method promises on every student it accepts.
 
     Subclass it as `TestMyMethod` and define `method()` (a new, unbuilt method) and `student()` (a new network); pytest
-    collects the inherited tests. `num_classes`, `image_size`, `channels` and `batch_size` may be changed.
+    collects the inherited tests. `num_classes`, `image_size` (one number or height and width), `channels` and
+    `batch_size` may be changed, and so may `task()`: for segmentation the batch has masks with void pixels.
 
     Example:
         >>> import torch, attar
@@ -34,7 +36,7 @@ class MethodContract:
     """
 
     num_classes = 5
-    image_size = 32
+    image_size: int | tuple[int, int] = 32
     channels = 3
     batch_size = 4
     compile_backend = "aot_eager"
@@ -47,12 +49,21 @@ class MethodContract:
         """Return a new student."""
         raise TypeError(f"{type(self).__name__} must define student().")
 
+    def task(self) -> Task:
+        """Return what the student is trained for."""
+        return Classification(self.num_classes)
+
     def batch(self) -> Batch:
         """Return a training batch that the method accepts."""
         views = self.method().views
         generator = torch.Generator().manual_seed(1)
-        size = (views * self.batch_size, self.channels, self.image_size, self.image_size)
-        images = torch.randn(size, generator=generator)
+        height, width = (self.image_size,) * 2 if isinstance(self.image_size, int) else self.image_size
+        images = torch.randn(views * self.batch_size, self.channels, height, width, generator=generator)
+        task = self.task()
+        if isinstance(task, Segmentation):
+            masks = torch.randint(task.num_classes, (views * self.batch_size, height, width), generator=generator)
+            masks[:, : height // 4] = task.ignore_index
+            return Batch(images, masks, torch.arange(self.batch_size).repeat(views), masks, views)
         # Pairs of one class, for methods that relate them.
         targets = (torch.arange(self.batch_size) // 2 % self.num_classes).repeat(views)
         index = torch.arange(self.batch_size).repeat(views)
@@ -72,7 +83,7 @@ class MethodContract:
                 # A classifier that starts at zero answers all images alike: there is nothing to distil yet.
                 if parameter.ndim > 1 and not parameter.any():
                     parameter.normal_(std=0.02, generator=own)
-        distiller = Distiller(student, [self.method()], Classification(self.num_classes))
+        distiller = Distiller(student, [self.method()], self.task())
         return distiller.build(self.batch().images, 2 * self.batch_size).train()
 
     @staticmethod
@@ -148,7 +159,7 @@ class MethodContract:
         before = self.batch()
         self.step(distiller, replace(before, images=before.images.flip(-2)), 1.0)
         terms, with_method = self.step(distiller, self.batch(), 1.0)
-        if len(terms.losses) == 1:
+        if not any(name.startswith(f"{method.name}.") for name in terms.losses):
             return
         torch.manual_seed(0)
         plain = Distiller(self.student(), [], distiller.task).build(self.batch().images).train()
@@ -173,11 +184,40 @@ class MethodContract:
         images = self.batch().images
         distiller.eval()
         with torch.no_grad():
-            assert torch.equal(stripped(images), fresh.eval()(images))
-            assert torch.equal(stripped(images), distiller.student(images))
+            before, after, again = map(
+                distiller.task.logits, (distiller.student(images), stripped(images), fresh.eval()(images))
+            )
+        assert torch.equal(after, before)
+        assert torch.equal(after, again)
         assert not any(module._forward_hooks or module._forward_pre_hooks for module in stripped.modules())
         inplace = {name: getattr(module, "inplace", None) for name, module in fresh.named_modules()}
         assert inplace == {name: getattr(module, "inplace", None) for name, module in stripped.named_modules()}
+
+    def test_void_pixels_change_nothing(self) -> None:
+        """In dense tasks no term depends on what student or teachers answer for void pixels."""
+        batch = self.batch()
+        valid = self.task().valid(batch.targets)
+        if valid is None:
+            return
+        void = ~valid.unsqueeze(1)
+        seen = []
+        for size in (0.0, 30.0):
+            distiller = self.distiller()
+            generator = torch.Generator().manual_seed(2)
+            noise = torch.randn(len(void), distiller.task.num_classes, *void.shape[2:], generator=generator)
+            moved = (size * noise * void).requires_grad_()
+            networks: list[nn.Module] = [distiller.student]
+            networks += [teacher.network for method in distiller._methods() for teacher in method.teachers]
+            for network in networks:
+                network.register_forward_hook(_moving(distiller.task, moved))
+            terms, _ = self.step(distiller, batch, 1.0)
+            gradient = moved.grad
+            assert gradient is not None
+            assert gradient[valid.unsqueeze(1).expand_as(gradient)].any()
+            assert not gradient[void.expand_as(gradient)].any()
+            seen.append(terms.losses)
+        for name, loss in seen[0].items():
+            assert torch.equal(loss, seen[1][name]), f"{name} depends on void pixels"
 
     def test_state_round_trip(self) -> None:
         """A new distiller with the saved state takes the same step."""
@@ -239,3 +279,17 @@ class MethodContract:
         for name, loss in terms.losses.items():
             assert loss.dtype == torch.float32, f"{name} is {loss.dtype}"
             assert torch.isfinite(loss), name
+
+
+def _moving(task: Task, moved: Tensor) -> Callable[[nn.Module, Any, Any], Any]:
+    """A hook that adds to the logits that a network returns."""
+
+    def hook(network: nn.Module, args: Any, output: Any) -> Any:
+        logits = task.logits(output)
+        if isinstance(output, Mapping):
+            return {name: value + moved if value is logits else value for name, value in output.items()}
+        if isinstance(output, tuple):
+            return (logits + moved, *output[1:])
+        return logits + moved
+
+    return hook

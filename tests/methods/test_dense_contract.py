@@ -1,0 +1,85 @@
+"""The contract suite for dense tasks: every method that serves them on every dense network, and the refusals."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import nn
+
+import attar
+from attar.errors import AttarError
+from attar.method import Method
+from attar.methods import AT, BYOT, DML, KD, ONE, SAD, SCD, SPKD, InDistill, Supervised, TfKD
+from attar.tasks import Task
+from attar.testing import MethodContract
+from dense_networks import DENSE_NETWORKS, DenseNetwork, Dilated, UNet
+
+# One line per method that serves dense tasks (see the last tests).
+METHODS: dict[str, Callable[[int], Method]] = {
+    "AT": lambda classes: AT(Dilated(classes)),
+    "BYOT": lambda classes: BYOT(),
+    "DML": lambda classes: DML(),
+    "InDistill": lambda classes: InDistill(Dilated(classes), wider="adapt"),
+    "KD": lambda classes: KD(Dilated(classes)),
+    "ONE": lambda classes: ONE(branches=2),
+    "SAD": lambda classes: SAD(),
+    "SCD": lambda classes: SCD(),
+    "SPKD": lambda classes: SPKD(),
+    "Supervised": lambda classes: Supervised(label_smoothing=0.1),
+    "TfKD": lambda classes: TfKD(),
+}
+
+# Where a method does not apply, and why it says so; everywhere else it must work.
+REFUSED: dict[tuple[str, str], str] = {}
+
+# Compiled in the default run.
+COMPILED = {("ONE", "dilated")}
+
+
+def refusal(name: str, make_method: Callable[[int], Method], network: DenseNetwork) -> type:
+    class Refusal:
+        def test_it_says_why(self) -> None:
+            torch.manual_seed(0)
+            distiller = attar.Distiller(network.make(4), [make_method(4)], attar.Segmentation(4))
+            with pytest.raises(AttarError, match=REFUSED[name, network.name]):
+                distiller.build(torch.randn(2, 3, *network.size))
+
+    Refusal.__name__ = Refusal.__qualname__ = f"Test{name}On_{network.name}"
+    return pytest.mark.slow(Refusal)
+
+
+def contract(name: str, make_method: Callable[[int], Method], network: DenseNetwork) -> type[MethodContract]:
+    class Contract(MethodContract):
+        num_classes = 4
+        image_size = network.size
+
+        def task(self) -> Task:
+            return attar.Segmentation(self.num_classes)
+
+        def method(self) -> Method:
+            return make_method(self.num_classes)
+
+        def student(self) -> nn.Module:
+            return network.make(self.num_classes)
+
+    if not network.cheap:
+        Contract = pytest.mark.slow(type("Contract", (Contract,), {"test_compiled_step_equals_eager": None}))
+        Contract = pytest.mark.skipif(bool(network.missing), reason=f"needs {network.missing}")(Contract)
+    elif (name, network.name) not in COMPILED:
+
+        class Contract(Contract):  # type: ignore[no-redef]
+            @pytest.mark.slow
+            def test_compiled_step_equals_eager(self) -> None:
+                super().test_compiled_step_equals_eager()
+
+    Contract.__name__ = Contract.__qualname__ = f"Test{name}On_{network.name}"
+    return Contract
+
+
+for _name, _make in METHODS.items():
+    for _network in DENSE_NETWORKS:
+        _class = (refusal if (_name, _network.name) in REFUSED else contract)(_name, _make, _network)
+        globals()[_class.__name__] = _class
+del _class
