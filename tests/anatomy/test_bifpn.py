@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from attar.anatomy.bifpn import BiFPN, Fusion, PointwiseBlock, SeparableBlock, halved, resampled
+from attar.anatomy.bifpn import BiFPN, Fusion, MirroredBiFPN, PointwiseBlock, SeparableBlock, halved, resampled
 
 
 def test_fusion_weights() -> None:
@@ -111,3 +111,26 @@ def test_one_value_per_channel_is_normalised_by_running_statistics() -> None:
     x = torch.randn(1, 3, 1, 1)
     torch.testing.assert_close(block(x), nn.functional.relu(block[0](x)) / (1 + 1e-5) ** 0.5)
     assert all(torch.equal(value, before[name]) for name, value in block.state_dict().items())
+
+
+def test_mirrored_it_ends_at_the_finest_map() -> None:
+    torch.manual_seed(0)
+    mirrored = MirroredBiFPN((3, 4, 5), (4, 6, 8), depth=1)
+    plain = BiFPN((5, 4, 3), (8, 6, 4), depth=1)
+    plain.load_state_dict(mirrored.state_dict())
+    maps = [torch.randn(2, c, h, w) for c, h, w in ((3, 13, 9), (4, 7, 5), (5, 2, 2))]
+    seen: dict[nn.Module, Tensor] = {}
+    for end in mirrored.ends:
+        end.register_forward_hook(lambda module, args, output: seen.update({module: output}))
+    refined = mirrored(maps)
+    assert [tuple(t.shape) for t in refined] == [(2, 4, 13, 9), (2, 6, 7, 5), (2, 8, 2, 2)]
+    for end, t, expected in zip(mirrored.ends, refined, plain(maps[::-1])[::-1], strict=True):
+        assert seen[end] is t
+        assert torch.equal(t, expected)
+    refined[0].square().sum().backward()
+    assert all(p.grad is not None and p.grad.isfinite().all() for p in mirrored.parameters())
+
+
+def test_ends_are_the_blocks_of_the_refined_maps() -> None:
+    net = BiFPN((3, 4, 5), (4, 6, 8), depth=1)
+    assert net.ends == [net.up_nodes[0], net.down_nodes[0], net.down_nodes[1]]

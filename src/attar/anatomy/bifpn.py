@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-__all__ = ["BiFPN", "Fusion", "MirroredBiFPN", "PointwiseBlock", "SeparableBlock", "halved", "norm", "resampled"]
+__all__ = ["BiFPN", "Fusion", "MirroredBiFPN", "PointwiseBlock", "SeparableBlock", "halved", "resampled"]
 
 
 class _Norm(nn.BatchNorm2d):
@@ -21,8 +21,7 @@ class _Norm(nn.BatchNorm2d):
         return super().forward(x)
 
 
-def norm(channels: int, batch_norm: bool) -> nn.Module:
-    """Return batch norm, which takes its running statistics where a batch has none of its own; or an identity."""
+def _norm(channels: int, batch_norm: bool) -> nn.Module:
     return _Norm(channels) if batch_norm else nn.Identity()
 
 
@@ -30,7 +29,7 @@ class PointwiseBlock(nn.Sequential):
     """1x1 convolution without bias, batch norm and, unless `activated` is False, ReLU: [N, a, H, W] -> [N, b, H, W]."""
 
     def __init__(self, inputs: int, outputs: int, *, activated: bool = True, batch_norm: bool = True) -> None:
-        super().__init__(nn.Conv2d(inputs, outputs, 1, bias=False), norm(outputs, batch_norm))
+        super().__init__(nn.Conv2d(inputs, outputs, 1, bias=False), _norm(outputs, batch_norm))
         if activated:
             self.append(nn.ReLU())
 
@@ -48,7 +47,7 @@ class SeparableBlock(nn.Sequential):
                 self.append(nn.ReLU())
             self.append(nn.Conv2d(channels, channels, 3, padding=1, groups=channels, bias=False))
             self.append(nn.Conv2d(channels, channels, 1, bias=False))
-            self.append(norm(channels, batch_norm))
+            self.append(_norm(channels, batch_norm))
 
 
 class Fusion(nn.Module):

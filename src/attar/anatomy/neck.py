@@ -7,8 +7,6 @@ from collections.abc import Sequence
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from attar.anatomy.bifpn import norm
-
 __all__ = ["BiFPNLayer", "BiFPNNeck", "DenseHead", "Node", "enlarged"]
 
 
@@ -21,7 +19,8 @@ class Node(nn.Sequential):
     """Depth-wise 1x1 convolution with bias, batch norm and ReLU: [N, C, H, W] -> the same, 4 C parameters."""
 
     def __init__(self, channels: int, *, batch_norm: bool = True) -> None:
-        super().__init__(nn.Conv2d(channels, channels, 1, groups=channels), norm(channels, batch_norm), nn.ReLU())
+        norm = nn.BatchNorm2d(channels) if batch_norm else nn.Identity()
+        super().__init__(nn.Conv2d(channels, channels, 1, groups=channels), norm, nn.ReLU())
 
 
 class BiFPNLayer(nn.Module):
@@ -129,4 +128,4 @@ class DenseHead(nn.Module):
     def forward(self, x: Tensor, size: Sequence[int]) -> Tensor:
         """Return the logits at that height and width."""
         logits: Tensor = self.classifier(self.act(self.bn(self.conv(x))))
-        return F.interpolate(logits, size=tuple(size), mode="bilinear", align_corners=False)
+        return F.interpolate(logits, size=size, mode="bilinear", align_corners=False)

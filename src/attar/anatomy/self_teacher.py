@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from torch import Tensor, nn
 
-from attar.anatomy.bifpn import BiFPN, MirroredBiFPN
+from attar.anatomy.bifpn import BiFPN
 from attar.anatomy.neck import BiFPNNeck, DenseHead
 
 __all__ = ["DenseSelfTeacher", "SelfTeacher", "pooled"]
@@ -32,7 +32,7 @@ class DenseSelfTeacher(nn.Module):
     T_i are as the pyramid gives them: before ReLU from a `MirroredBiFPN`, behind it from a `BiFPNNeck`.
     """
 
-    def __init__(self, pyramid: MirroredBiFPN | BiFPNNeck, head: DenseHead) -> None:
+    def __init__(self, pyramid: BiFPN | BiFPNNeck, head: DenseHead) -> None:
         super().__init__()
         self.pyramid = pyramid
         self.head = head

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Mapping, Sequence
-from typing import Literal
+from typing import Literal, cast
 
 import torch
 from torch import Tensor, nn
@@ -257,7 +257,7 @@ class FRSKD(Method):
         if self.features == "od":
             self._before_relu = tuple(_before_relu(probe, stage) for stage in stages)
             for i, end in enumerate(pyramid.ends):
-                self.register_buffer(f"margin_{i}", _margin(end[-1]))
+                self.register_buffer(f"margin_{i}", _margin(cast(nn.BatchNorm2d, end[-1])))
 
     def _build_regressors(self, inputs: Sequence[int], widths: Sequence[int]) -> None:
         if self.features in ("fit", "od"):

@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import timm
+import torch
 from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
 from timm.models import resolve_pretrained_cfg as resolve_cfg
 from torch import Tensor, nn
@@ -32,7 +33,8 @@ class BiFPNEfficientNet(nn.Module):
     and ReLU, up bilinear to the size of what it is added to:
         P_5 = ONE(C_5);  P_i = up(P_i+1) + ONE(C_i) for i = 4, 3, 2;  P_6 = THREE(C_5);  P_7 = THREE(P_6)
         S = three `BiFPNLayer` of P;  z = `DenseHead` of S_2, bilinear to the images' size
-    C_2, C_3, C_4 are what the first block at strides 4, 8 and 16 returns, C_5 is the last map, at stride 32.
+    C_2, C_3, C_4 are what the first block at strides 4, 8 and 16 returns, C_5 is the last map, at stride 32. The logits
+    do not depend on S_3..S_7, which are there for the self-teacher to read.
 
     Shapes: images [N, in_chans, H, W], any H and W -> logits [N, num_classes, H, W]; P_i are ceil(H / 2^i) high.
 
@@ -97,8 +99,11 @@ class BiFPNEfficientNet(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Return logits [N, num_classes, H, W]."""
-        maps = self.neck(self.pyramid(self.encoder(x)))
-        logits: Tensor = self.head(maps[0], x.shape[-2:])
+        finest, *others = self.neck(self.pyramid(self.encoder(x)))
+        if self.training:
+            # In plain training nothing reads the other maps, and several processes wait for every gradient.
+            finest = finest + 0.0 * torch.stack([unread.mean() for unread in others]).sum()
+        logits: Tensor = self.head(finest, x.shape[-2:])
         return logits
 
 
