@@ -151,12 +151,13 @@ class FRSKD(Method):
             raise AttarError("FRSKD's features 'od' take their margins from batch norm: leave batch_norm on.")
         if width <= 0:
             raise AttarError(f"FRSKD's width must be positive, not {width}.")
-        if min(depth, channels, min_channels) < 1 or (max_channels or min_channels) < min_channels:
+        fits = max_channels is None or max_channels >= min_channels
+        if min(depth, channels, min_channels) < 1 or not fits:
             raise AttarError(
                 "FRSKD needs depth, channels and min_channels of at least 1 and max_channels of at least min_channels, "
                 f"not {depth}, {channels}, {min_channels} and {max_channels}."
             )
-        if layers < 1 or (head_channels or 1) < 1:
+        if layers < 1 or (head_channels is not None and head_channels < 1):
             raise AttarError(f"FRSKD needs layers and head_channels of at least 1, not {layers} and {head_channels}.")
         if levels is not None and levels < 2:
             raise AttarError(f"FRSKD's pyramid needs at least two levels, not {levels}.")
