@@ -44,7 +44,7 @@ class Given(nn.Module):
         super().__init__()
         self.value = value
 
-    def forward(self, x: Tensor, size: object = None) -> object:
+    def forward(self, x: Tensor) -> object:
         return self.value[: len(x)] if isinstance(self.value, Tensor) else self.value
 
 

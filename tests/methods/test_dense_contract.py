@@ -11,16 +11,17 @@ from torch import nn
 import attar
 from attar.errors import AttarError
 from attar.method import Method
-from attar.methods import AT, BYOT, DML, KD, ONE, SAD, SCD, SPKD, InDistill, Supervised, TfKD
+from attar.methods import AT, BYOT, DML, FRSKD, KD, ONE, SAD, SCD, SPKD, InDistill, Supervised, TfKD
 from attar.tasks import Task
 from attar.testing import MethodContract
-from dense_networks import DENSE_NETWORKS, DenseNetwork, Dilated, UNet
+from dense_networks import DENSE_NETWORKS, DenseNetwork, Dilated
 
 # One line per method that serves dense tasks (see the last tests).
 METHODS: dict[str, Callable[[int], Method]] = {
     "AT": lambda classes: AT(Dilated(classes)),
     "BYOT": lambda classes: BYOT(),
     "DML": lambda classes: DML(),
+    "FRSKD": lambda classes: FRSKD(),
     "InDistill": lambda classes: InDistill(Dilated(classes), wider="adapt"),
     "KD": lambda classes: KD(Dilated(classes)),
     "ONE": lambda classes: ONE(branches=2),
@@ -83,3 +84,23 @@ for _name, _make in METHODS.items():
         _class = (refusal if (_name, _network.name) in REFUSED else contract)(_name, _make, _network)
         globals()[_class.__name__] = _class
 del _class
+
+
+def test_every_method_that_serves_dense_tasks_is_under_contract() -> None:
+    assert set(METHODS) == {name for name, method in attar.methods.available().items() if not method.not_dense}
+
+
+def test_the_others_say_why_they_do_not() -> None:
+    reasons = {name: method.not_dense for name, method in attar.methods.available().items() if method.not_dense}
+    assert Method.not_dense not in reasons.values()
+    for name, reason in reasons.items():
+        with pytest.raises(AttarError, match=f"{name} cannot train segmentation, since {reason[:20]}"):
+            attar.Distiller(Dilated(4), [_any(name)], attar.Segmentation(4))
+
+
+def _any(name: str) -> Method:
+    method = attar.methods.find(name)
+    try:
+        return method()
+    except TypeError:
+        return method(Dilated(4))  # type: ignore[call-arg]

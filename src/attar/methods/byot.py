@@ -197,9 +197,10 @@ class BYOT(Method):
 
     def losses(self, outputs: Outputs, batch: Batch, progress: Tensor) -> dict[str, Tensor]:
         """Return `ce_exits`, `kd` and `hint`."""
-        size = (outputs.images.shape[2], outputs.images.shape[3])
+        # Only dense heads need to know how large the images are.
+        size = [outputs.images.shape[2:]] if self._task is not None and self._task.dense else []
         answers: list[ExitOutput] = [
-            exit_(outputs[stage.tap], size) for exit_, stage in zip(self.exits, self._stages, strict=True)
+            exit_(outputs[stage.tap], *size) for exit_, stage in zip(self.exits, self._stages, strict=True)
         ]
         ce = [outputs.task_loss(answer.logits, batch.targets) for answer in answers]
         logits = [*(answer.logits for answer in answers), outputs.logits]

@@ -48,6 +48,8 @@ class Supervised(Method):
     torchvision's; it draws from torch's global generator and breaks the graph of a compiled step.
     """
 
+    not_dense = ""
+
     def __init__(self, *, label_smoothing: float = 0.0, mixup: float = 0.0, cutmix: float = 0.0) -> None:
         super().__init__()
         if not 0.0 <= label_smoothing < 1.0:
@@ -59,15 +61,16 @@ class Supervised(Method):
         self.cutmix = cutmix
         if label_smoothing or mixup or cutmix:
             self.claims = {"targets": "Supervised smooths or mixes them"}
-        self.not_dense = ""
         if mixup or cutmix:
             self.not_dense = "Mixup and CutMix mix the labels of whole images, and the pixels of a mask have their own"
             self.breaks = frozenset({"labels"})
-        self._task: Task | None = None
+        self._num_classes = 0
+        self._dense_task: Task | None = None
 
     def build(self, probe: Probe) -> None:
-        """Remember the task."""
-        self._task = probe.task
+        """Remember the number of classes, and a dense task."""
+        self._num_classes = probe.task.num_classes
+        self._dense_task = probe.task if probe.task.dense else None
 
     def taps(self, anatomy: Anatomy) -> Sequence[Tap]:
         """None."""
@@ -77,23 +80,21 @@ class Supervised(Method):
         """Mix the images and soften the targets."""
         if not self.training or self._smooths_pixels or not (self.label_smoothing or self.mixup or self.cutmix):
             return batch
-        assert self._task is not None
-        classes = self._task.num_classes
         labels = batch.labels
         if labels is None:
             raise AttarError("Supervised needs class indices as targets to smooth or mix them.")
         if self.mixup or self.cutmix:
-            images, targets = _mix(batch.images, labels, classes, self.mixup, self.cutmix)
+            images, targets = _mix(batch.images, labels, self._num_classes, self.mixup, self.cutmix)
             batch = dataclasses.replace(batch, images=images, targets=targets, labels=None)
         else:
-            one_hot = F.one_hot(labels, classes).to(batch.images.dtype)
+            one_hot = F.one_hot(labels, self._num_classes).to(batch.images.dtype)
             batch = dataclasses.replace(batch, targets=one_hot)
-        smoothed = batch.targets * (1.0 - self.label_smoothing) + self.label_smoothing / classes
+        smoothed = batch.targets * (1.0 - self.label_smoothing) + self.label_smoothing / self._num_classes
         return dataclasses.replace(batch, targets=smoothed)
 
     def losses(self, outputs: Outputs, batch: Batch, progress: Tensor) -> dict[str, Tensor]:
         """Return `uniform` in dense tasks, else nothing: the student's own loss already uses the prepared targets."""
-        task = self._task
+        task = self._dense_task
         if task is None or not self._smooths_pixels:
             return {}
         uniform = task.loss(outputs.logits, batch.targets, label_smoothing=1.0)
@@ -111,7 +112,7 @@ class Supervised(Method):
 
     @property
     def _smooths_pixels(self) -> bool:
-        return self.training and self._task is not None and self._task.dense and self.label_smoothing > 0
+        return self.training and self._dense_task is not None and self.label_smoothing > 0
 
 
 @torch.compiler.disable  # type: ignore[untyped-decorator]
