@@ -231,3 +231,10 @@ def test_a_teacher_of_another_task_is_refused(run: tuple[Path, dict[str, Any]], 
     taught = spec_of(streets, methods=[{"name": "KD", "options": {"teachers": [str(run[0])]}}], epochs=1)
     result = fit(taught, tmp_path / "taught", console=quiet())
     assert result["terms"]["KD.kl"]["loss"] > 0
+
+
+def test_export_is_refused_in_one_sentence(run: tuple[Path, dict[str, Any]]) -> None:
+    from attar.deploy import export_run
+
+    with pytest.raises(AttarError, match="holds a network for segmentation, which attar cannot export yet"):
+        export_run(run[0], "onnx")

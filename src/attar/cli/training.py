@@ -76,6 +76,8 @@ def _announce(spec: TrainSpec, folder: Path, console: Console) -> None:
     }
     for name, line in lines.items():
         console.print(f"{name:9}{line}", markup=False, soft_wrap=True)
+    for remark in source.remarks:
+        console.print(f"note: {remark}", markup=False, soft_wrap=True)
 
 
 def _show_result(result: dict[str, Any], folder: Path, console: Console) -> None:

@@ -199,13 +199,19 @@ def _home(folder: Path) -> Path:
 
 def _student(home: Path) -> Student:
     try:
-        return load_student(home)
+        student = load_student(home)
     except AttarError:
         raise
     except Exception as error:  # a config.json with parts missing or of the wrong kind
         raise AttarError(
             f"'{home / 'student'}' is damaged ({type(error).__name__}: {first_line(error)}): train the run again."
         ) from error
+    if student.task != "classification":
+        raise AttarError(
+            f"'{home}' holds a network for {student.task}, which attar cannot export yet: load it with "
+            "attar.train.load_student and export it with torch.onnx."
+        )
+    return student
 
 
 def _trained_distiller(home: Path, spec: TrainSpec, student: Student, source: Source) -> Distiller:
