@@ -71,6 +71,7 @@ def main() -> None:
     parser.add_argument("--data", help="the runs' images, where they lie elsewhere now")
     parser.add_argument("--work", type=Path, default=Path("export-benchmark"), help="where answers and artefacts are")
     parser.add_argument("--only", nargs="*", help="names of architectures; default: all")
+    parser.add_argument("--formats", nargs="*", help="of these alone, the others another time; default: all")
     parser.add_argument("--limit", type=int, help="at most so many architectures, small images first; 0: none")
     parser.add_argument("--seconds", type=int, default=1200, help="until one format of one network is given up")
     parser.add_argument("--time", action="store_true", help="measure times and memory of what is in the work folder")
@@ -107,7 +108,7 @@ def study_run(run: Path, options: argparse.Namespace) -> Found:
         return {**report, "latency": None, "memory": None}
 
     formats = RUN_FORMATS + MORE_FORMATS if run == options.runs[0] else RUN_FORMATS
-    return answered(file_of_run(run, options), formats, study, options.seconds)
+    return answered(file_of_run(run, options), chosen(formats, options), study, options.seconds)
 
 
 def time_run(run: Path, options: argparse.Namespace) -> Found:
@@ -155,7 +156,8 @@ def study_network(architecture: Architecture, options: argparse.Namespace) -> Fo
             **told,
         }
 
-    return answered(file_of_network(architecture, options), NETWORK_FORMATS, study, options.seconds)
+    formats = chosen(NETWORK_FORMATS, options)
+    return answered(file_of_network(architecture, options), formats, study, options.seconds)
 
 
 def time_network(architecture: Architecture, options: argparse.Namespace) -> Found:
@@ -188,6 +190,10 @@ def timed(path: Path, measure: Callable[[str, dict[str, Any]], dict[str, Any]]) 
             values.update(measure(name, values))
             write_json(path, kept)
     return found
+
+
+def chosen(formats: tuple[str, ...], options: argparse.Namespace) -> tuple[str, ...]:
+    return tuple(name for name in formats if options.formats is None or name in options.formats)
 
 
 def answered(path: Path, formats: tuple[str, ...], study: Callable[[str], dict[str, Any]], seconds: int) -> Found:
@@ -324,8 +330,10 @@ def network_table(of_networks: dict[str, Found]) -> list[str]:
             continue
         one = next(iter(ok.values()))
 
-        def cells(show: Callable[[dict[str, Any]], str], kinds: tuple[str, ...], ok: Found = ok) -> list[str]:
-            return [show(ok[kind]) if kind in ok else "refused" for kind in kinds]
+        def cells(
+            show: Callable[[dict[str, Any]], str], kinds: tuple[str, ...], ok: Found = ok, found: Found = found
+        ) -> list[str]:
+            return [show(ok[kind]) if kind in ok else "refused" if kind in found else "" for kind in kinds]
 
         rows.append(
             [
@@ -344,7 +352,8 @@ def network_table(of_networks: dict[str, Found]) -> list[str]:
     head += [f"{what}, {kind}" for what in ("error", "roundings") for kind in ("ONNX", "ExecuTorch")]
     head += [f"{what}, {kind}" for what in ("agreement", "kB", "ms") for kind in three]
     passed = [name for name, found in of_networks.items() if not any("refused" in values for values in found.values())]
-    return [f"{len(passed)} of {len(of_networks)} pass the gate in every format.", "", *table(head, rows)]
+    tried = "An empty cell is a format that has not been tried."
+    return [f"{len(passed)} of {len(of_networks)} pass the gate in every format tried. {tried}", "", *table(head, rows)]
 
 
 def refusals(of: dict[str, Found]) -> list[str]:
