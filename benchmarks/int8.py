@@ -3,8 +3,9 @@
     python benchmarks/int8.py RUN ... --markdown benchmarks/int8.md
 
 Each run's student is written as ONNX in float32, quantised after training by every calibration, with layers left in
-float32 until the drop on hold-out images is within the bound, and after quantisation-aware distillation, with and
-without layers left. Test accuracies are measured once each, in onnxruntime; they choose nothing.
+float32 until the drop on hold-out images is within the bound, and after quantisation-aware distillation. Test
+accuracies are measured once each, in onnxruntime; they choose nothing. It goes on where it was stopped: `--work` has
+what is known.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ import argparse
 import dataclasses
 import datetime
 import importlib.metadata
-import platform
+import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
@@ -32,11 +33,29 @@ from attar.deploy.qat import quantization_aware
 from attar.deploy.quantize import CALIBRATIONS, calibration_images, quantize_onnx
 from attar.deploy.running import measure_runtime, some_of
 from attar.deploy.sensitivity import quantize_within
+from attar.train.files import read_json, write_json
+from attar.train.timing_loop import processor
+
+# Where the table begins in the page; what stands above it is written by hand.
+TABLE = "## Table"
 
 COLUMNS = ("student", "weights and activations", "top-1", "drop", "agreement", "KiB", "left in float32", "seconds")
 
 
-def rows(run: Path, options: argparse.Namespace) -> Iterator[tuple[str, ...]]:
+def rows(run: Path, options: argparse.Namespace) -> list[list[str]]:
+    """Return a run's rows, from the work folder where they have been found before."""
+    path = options.work / f"int8-{run.name}.json"
+    if not path.is_file():
+        found = []
+        for row in measured(run, options):
+            print(f"| {' | '.join(row)} |", file=sys.stderr, flush=True)
+            found.append(row)
+        options.work.mkdir(parents=True, exist_ok=True)
+        write_json(path, found)
+    return [list(row) for row in read_json(path)]
+
+
+def measured(run: Path, options: argparse.Namespace) -> Iterator[tuple[str, ...]]:
     candidate = load_candidate(run, data=options.data)
     if options.images:
         limit = some_of(candidate.source.test, options.images)
@@ -115,23 +134,30 @@ def main() -> None:
     parser.add_argument("--epochs", type=int, default=3, help="of quantisation-aware distillation; 0: none")
     parser.add_argument("--lr", type=float, default=3e-4, help="of its first step")
     parser.add_argument("--threads", type=int, default=1, help="of onnxruntime")
-    parser.add_argument("--markdown", type=Path, help="where the table goes, besides the screen")
+    parser.add_argument("--work", type=Path, default=Path("int8-benchmark"), help="where what is known is kept")
+    parser.add_argument("--markdown", type=Path, help="where the table goes, below what is there by hand")
     options = parser.parse_args()
-    lines = [f"| {' | '.join(COLUMNS)} |", f"|{'---|' * len(COLUMNS)}"]
-    print("\n".join(lines), flush=True)
-    for run in options.runs:
-        for row in rows(run, options):
-            lines.append(f"| {' | '.join(row)} |")
-            print(lines[-1], flush=True)
+    torch.set_num_threads(options.threads)
+    lines = [f"| {' | '.join(row)} |" for run in options.runs for row in rows(run, options)]
+    names = ("torch", "onnxruntime", "torchao")
+    versions = ", ".join(f"{name} {importlib.metadata.version(name)}" for name in names)
+    tested = f"{options.images} test images" if options.images else "all test images"
+    text = "\n".join(
+        [
+            f"{TABLE}, {datetime.date.today()}",
+            "",
+            f"{processor()}, {versions}. {options.calibration} training images calibrate; {tested}; seed 0.",
+            "",
+            f"| {' | '.join(COLUMNS)} |",
+            f"|{'---|' * len(COLUMNS)}",
+            *lines,
+            "",
+        ]
+    )
     if options.markdown is not None:
-        versions = ", ".join(
-            f"{name} {importlib.metadata.version(name)}" for name in ("torch", "onnxruntime", "torchao")
-        )
-        processor = torch.cpu.get_capabilities().get("cpu_name") or platform.processor() or platform.machine()
-        head = f"# int8 and what brings it back\n\n{datetime.date.today()}, {processor}, {versions}.\n"
-        tested = f"{options.images} test images" if options.images else "all test images"
-        asked = f"{options.calibration} training images calibrate; {tested}; seed 0.\n"
-        options.markdown.write_text("\n".join([head, asked, *lines]) + "\n", encoding="utf-8")
+        kept = options.markdown.read_text(encoding="utf-8") if options.markdown.is_file() else f"# int8\n\n{TABLE}"
+        options.markdown.write_text(kept.partition(TABLE)[0] + text, encoding="utf-8")
+    print(text)
 
 
 if __name__ == "__main__":

@@ -98,3 +98,21 @@ def test_export(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     told = json.loads(capsys.readouterr().out)
     assert told["folder"] == str(tmp_path / "shipped")
     assert told["accuracy"]["agreement"] == 1.0
+
+
+def test_int8_after_training_for_it(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    pytest.importorskip("onnxscript", reason='pip install "attar[export]"')
+    pytest.importorskip("torchao", reason='pip install "attar[executorch]"')
+    run = copied_run(tmp_path)
+    # A network of a quarter's width after 2 epochs of 256 images: the bound is wide.
+    words = [str(run), "--int8", "--qat", "1", "--calibration", "64", "--most-drop", "0.2"]
+    assert main(["export", *words, "--json"]) == 0
+    told = json.loads(capsys.readouterr().out)
+    assert told["folder"] == str(run / "export" / "onnx-int8")
+    assert told["int8"]["trained"] is True
+    assert told["parity"]["relative_error"] <= told["parity"]["tolerance"]
+    assert told["accuracy"]["fp32"] == json.loads((run / "result.json").read_text())["test"]["top1"]
+    card = (run / "export" / "onnx-int8" / "model_card.md").read_text()
+    assert "learnt by quantisation-aware distillation" in card
+    assert "--qat takes the epochs" in refused(capsys, str(run), "--qat", "1")
+    assert "--qat takes the epochs" in refused(capsys, str(run), "--int8", "--qat", "0")

@@ -6,6 +6,7 @@ import json
 import shutil
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from PIL import Image
@@ -15,8 +16,9 @@ from attar.data import Normalization, open_source
 from attar.deploy import candidate_from, load_candidate
 from attar.errors import AttarError
 from attar.methods import BYOT
+from attar.spec import TrainSpec
 from attar.tasks import Classification
-from attar.train import evaluate, load_student, load_teacher
+from attar.train import build_source, evaluate, load_student, load_teacher
 from attar.train.models import make_model
 from exports import copied_run, evil_checkpoint, evil_pickle, finished_run
 
@@ -50,6 +52,18 @@ def test_plain_student() -> None:
     assert candidate.source.classes == student.classes
     assert not candidate.network.training
     assert not any(module._forward_hooks or module._forward_pre_hooks for module in candidate.network.modules())
+
+
+def test_images_are_those_of_the_run() -> None:
+    run = finished_run("BYOT")
+    source, trained = load_candidate(run).source, build_source(TrainSpec.load(run / "spec.json"))
+    for own, expected in (
+        (source.train, trained.train),
+        (source.holdout, trained.holdout),
+        (source.test, trained.test),
+    ):
+        assert np.array_equal(own.index, expected.index)
+    assert len(source.train) == 256  # the run's train_limit, of 1,617
 
 
 @pytest.mark.parametrize(("asked", "name"), [("exit1", "BYOT.exit1"), ("BYOT.exit2", "BYOT.exit2"), ("ensemble", None)])

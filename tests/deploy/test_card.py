@@ -72,7 +72,13 @@ def report(format: str = "onnx", **changed: Any) -> Report:
     return {**made, **changed}  # type: ignore[return-value,typeddict-item]
 
 
-INT8 = {"left_in_float32": ["node_conv_1", "a|b"], "calibration_images": 512, "drop": 0.0063, "trained": False}
+INT8 = {
+    "left_in_float32": ["node_conv_1", "a|b"],
+    "calibration_images": 512,
+    "drop": 0.0063,
+    "trained": False,
+    "bound_held": True,
+}
 
 
 def blocks(text: str, language: str) -> list[str]:
@@ -144,6 +150,11 @@ def test_variants_say_what_differs() -> None:
     assert "gains 0.10 points" in gained
     assert "Nothing was left in float32" in gained
     assert "quantisation-aware distillation" in gained
+    assert "was allowed" not in gained
+    assert "more than was allowed" in card_text(report(int8={**INT8, "bound_held": False}))
+    assert "none was looked for" in card_text(
+        report("executorch", int8={**INT8, "left_in_float32": [], "bound_held": None})
+    )
     many = card_text(report(classes=[str(k) for k in range(1000)]))
     assert "and 900 more in `export.json`" in many
 

@@ -254,6 +254,7 @@ def test_int8(onnx_run: Path) -> None:
     assert report["int8"] is not None
     assert report["int8"]["calibration_images"] == 64
     assert report["int8"]["drop"] == report["accuracy"]["fp32"] - report["accuracy"]["artefact"]
+    assert report["int8"]["bound_held"] is True
     assert files(done.folder) == ["export.json", "inference.py", "model.onnx", "model_card.md"]
     assert done.runtime(IMAGES).shape == (5, 10)
     # It is int8, and its float32 twin has passed the gate.

@@ -53,11 +53,12 @@ class Settings:
         batch: images at a time; None: any number.
         int8: whether weights and activations are quantised.
         calibration: how many training images fix the ranges of activations.
-        most_drop: share of accuracy that quantisation may cost before layers are left in float32, in 0..1.
+        most_drop: share of accuracy that quantisation may cost before layers are left in float32, in 0..1; ExecuTorch
+            leaves none.
         seed: chooses the calibration images.
         student: names and normalisation that travel with the artefact, where its format has a place for them.
-        accuracy: tells the accuracy, in 0..1 on hold-out images, of an artefact that has been written to a path; None
-            where nobody asks how much quantisation costs.
+        accuracy: tells the accuracy, in 0..1 on images that are not reported, of an artefact that has been written to a
+            path; None where nobody asks how much quantisation costs.
         options: what only one format knows (`opset`).
     """
 

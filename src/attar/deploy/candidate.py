@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from attar.data import Source, open_source
+from attar.data import Source
 from attar.deploy.artefact import Candidate
 from attar.distiller import Distiller
 from attar.errors import AttarError
@@ -20,7 +20,7 @@ from attar.method import Method
 from attar.methods import find
 from attar.spec import TrainSpec
 from attar.tasks import Classification
-from attar.train.build import build_methods
+from attar.train.build import build_methods, build_source
 from attar.train.checkpoint import Checkpoints
 from attar.train.files import read_json
 from attar.train.models import make_model
@@ -60,13 +60,8 @@ def load_candidate(
     size = image_size or student.image_size
     # A network of another kind is asked again; this saves opening the data for a size that cannot be.
     try_size(student.network, size, len(student.classes))
-    source = open_source(
-        data or spec.data,
-        image_size=size,
-        holdout=spec.holdout,
-        split_seed=spec.split_seed,
-        skip_bad_images=spec.skip_bad_images,
-    )
+    # The images that the run trained on, no more: they calibrate, and teach int8.
+    source = build_source(spec.model_copy(update={"data": data or spec.data, "image_size": size}))
     if source.classes != student.classes:
         raise AttarError(
             f"'{source.name}' has other classes, or in another order, than those the student was trained on "

@@ -98,8 +98,9 @@ def export_run(
         deployable: another network of the run than the plain student (see `load_candidate`).
         packaged: ONNX alone: the artefact takes uint8 images [N, H, W, 3] and gives probabilities.
         opset: of ONNX.
-        calibration: training images that fix the ranges of activations.
-        most_drop: share of accuracy that int8 may cost; layers that cost more stay in float32.
+        calibration: training images that fix the ranges of activations: 32 or more, and one of every class.
+        most_drop: share of accuracy that int8 may cost; layers that cost more stay in float32 (onnx, openvino), or the
+            artefact is refused (executorch, and where half of the layers are not enough).
         qat: for int8: epochs of quantisation-aware distillation before it, the float32 student teaching its int8 self.
         seed: chooses the calibration images, and the order of `qat`.
         data: the run's images, where they lie elsewhere now.
@@ -291,7 +292,7 @@ class _Export:
         return found.as_dict()
 
     def _holdout_accuracy(self, path: Path) -> float:
-        """Tell the accuracy of an artefact on images that neither calibrate nor are reported."""
+        """Tell the accuracy of an artefact on hold-out images; on training images where a source holds none out."""
         source = self.candidate.source
         split = source.holdout if len(source.holdout) else source.train
         runtime = self.kind.load(path, torch.get_num_threads())
@@ -347,6 +348,9 @@ class _Export:
                 calibration_images=written["calibration_images"],
                 drop=one.top1 - other.top1,
                 trained=self.qat is not None,
+                # Hold-out images may be few, and say too much or too little: whether it is handed out is for all test
+                # images to say, by their errors (`refuse_drop`). What the hold-out images said is told.
+                bound_held=written.get("holds"),
             )
         packages = ("torch", *_PACKAGES[self.kind.name])
         return Report(

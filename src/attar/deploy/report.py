@@ -57,12 +57,15 @@ class Int8(TypedDict):
         calibration_images: training images that fixed the ranges of activations.
         drop: `fp32` less `artefact` of the accuracy on the test images, in 0..1; negative for a gain.
         trained: whether quantisation-aware distillation made it, rather than calibration alone.
+        bound_held: whether the drop on hold-out images is within the bound; False: not with half of the layers in
+            float32 either; None: nobody has asked, for the format quantises all layers or none.
     """
 
     left_in_float32: list[str]
     calibration_images: int
     drop: float
     trained: bool
+    bound_held: bool | None
 
 
 class Timing(TypedDict):

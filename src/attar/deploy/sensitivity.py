@@ -42,7 +42,7 @@ def quantize_within(
         source: float32 ONNX network.
         target: the int8 file; replaced when it exists, and left as it was if anything is refused.
         calibration: training images [N, 3, H, W]; they rank the layers too.
-        accuracy: of a file, in 0..1, measured on HOLD-OUT images: it chooses layers, and test images choose nothing.
+        accuracy: of a file, in 0..1, measured on hold-out images: it chooses layers, and test images choose nothing.
         most_drop: of accuracy(source) - accuracy(target), in 0..1.
         per_channel: as of `quantize_onnx`.
         method: as of `quantize_onnx`.
