@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import fmean
 from typing import Any, Literal
@@ -11,13 +11,17 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from attar.compare.columns import COLUMNS, Column, at, confusion, figures, recall
+from attar.compare.columns import COLUMNS, DENSE_COLUMNS, Column, at, class_iou, confusion, figures, recall
 from attar.compare.command import command
 from attar.compare.groups import chosen, finished, grouped, smoothing, tuning
+from attar.compare.masks import Masks
+from attar.compare.primary import CLASSIFICATION, Primary, resolution
 from attar.compare.records import Record
 from attar.compare.statistics import Contrast, Summary, contrasts, verdict
 from attar.compare.teachers import resolved, teacher_seconds, teachers
 from attar.train.files import read_json
+from attar.train.predictions import Predictions
+from attar.train.segmentation import PixelPredictions
 
 __all__ = ["COLUMNS", "Analysis", "Attached", "Column", "EntryAnalysis", "Failure", "analyse"]
 
@@ -56,6 +60,10 @@ class Attached:
     terms: Mapping[str, tuple[float, float]]
 
 
+# Fields that the files of a comparison have in dense tasks alone, and one that they never have.
+_DENSE, _UNWRITTEN = {"written": "dense"}, {"written": "never"}
+
+
 @dataclass(frozen=True)
 class EntryAnalysis:
     """One row of the comparison.
@@ -68,19 +76,26 @@ class EntryAnalysis:
         seeds: of the finished runs, ascending.
         failures: the runs without a result.
         figures: by column key; columns that were not measured are absent.
-        against_plain: paired test top-1 difference to plain; None for plain itself or with fewer than two common seeds.
+        against_plain: paired difference of the primary metric to plain; None for plain itself or with fewer than two
+            common seeds.
         against_smoothing: likewise to label smoothing; None for both baselines.
         verdict: in words; for the baselines what they scored.
-        curve: [S, E] hold-out top-1 of every seed after every epoch; runs of the entry have equal lengths.
+        curve: [S, E] primary metric on the hold-out of every seed after every epoch; runs of the entry have equal
+            lengths.
         curve_cost: [E] mean seconds of training (teachers included) until the end of every epoch.
-        confusion: [K, K] mean over seeds of the test confusion matrix, true class by row, in images.
-        per_class: [K] mean over seeds of the share of each class's test images answered rightly; NaN for a class that
-            has none.
+        confusion: [K, K] mean over seeds of the test confusion matrix, true class by row, in images; [0, 0] in dense
+            tasks.
+        per_class: [K] mean over seeds of the share of each class's test images answered rightly, in dense tasks of its
+            intersection over union; NaN for a class that has none.
         attached: what its methods added.
         options: hyper-parameters of its methods, resolved, by method name.
         teacher_seconds: training time of its teachers, where their run folders are there; included in training time.
         epochs: of its runs.
         folders: of its runs, in the order of `seeds`.
+        class_iou: in dense tasks [S, K] intersection over union of every seed and class on the test images, NaN where
+            a class occurs nowhere; else [0, 0].
+        masks: in dense tasks what the student of its first finished seed answers for a few test images.
+        masks_seed: that seed.
     """
 
     label: str
@@ -100,6 +115,9 @@ class EntryAnalysis:
     teacher_seconds: float
     epochs: int
     folders: tuple[str, ...]
+    class_iou: NDArray[np.float64] = field(default_factory=lambda: np.zeros((0, 0)), metadata=_DENSE)
+    masks: Masks | None = field(default=None, metadata=_UNWRITTEN)
+    masks_seed: int | None = field(default=None, metadata=_UNWRITTEN)
 
 
 @dataclass(frozen=True)
@@ -114,12 +132,13 @@ class Analysis:
         seeds: all seeds that were asked for.
         columns: in the order of the table; only those that at least one entry has.
         entries: plain, label smoothing, then the methods in the order given.
-        smoothing: what label smoothing was tuned over, hold-out top-1 by candidate on the seeds that all candidates
-            have; empty when it was not tuned.
+        smoothing: what label smoothing was tuned over, the primary metric on the hold-out by candidate on the seeds
+            that all candidates have; empty when it was not tuned.
         settings: everything all runs share, resolved (the spec without methods and seed).
         environment: hardware and versions that the runs saw; several values where they differ.
         reproduce: the command that makes the same comparison.
         notes: what a reader must know, in sentences (equal cost, runs at a time, teachers, missing runs).
+        primary: what entries are compared by.
     """
 
     model: str
@@ -134,6 +153,7 @@ class Analysis:
     environment: Mapping[str, tuple[str, ...]]
     reproduce: str
     notes: tuple[str, ...]
+    primary: Primary = field(default=CLASSIFICATION, metadata=_DENSE)
 
 
 _CAUTION = (
@@ -151,8 +171,9 @@ def analyse(
 ) -> Analysis:
     """Compute a comparison from its runs.
 
-    Entries are compared by test top-1, seed by seed, with plain training and with label smoothing. Of several label
-    smoothings the one with the most finished seeds is the entry; among equals the hold-out decides, never the test set.
+    Entries are compared by the primary metric on the test images, seed by seed, with plain training and with label
+    smoothing. Of several label smoothings the one with the most finished seeds is the entry; among equals the hold-out
+    decides, never the test set.
 
     Args:
         records: all runs of one comparison, finished or not.
@@ -175,7 +196,7 @@ def analyse(
     rows.sort(key=lambda row: ("plain", "smoothing", "method").index(row.role))
     against = {role: _against(role, rows) for role in ("plain", "smoothing")}
     rival = "label smoothing" if best is None else f"{'tuned ' * (len(tuned) > 1)}label smoothing {best:g}"
-    classes = _classes(records)
+    classes, main = _classes(records), records[0].primary
     entries = tuple(_entry(row, asked, len(classes), against, rival) for row in rows)
     measured = {key for entry in entries for key in entry.figures}
     specs = [record.spec.model_dump(mode="json") for record in records]
@@ -192,9 +213,9 @@ def analyse(
         classes=classes,
         images=_images(records),
         seeds=asked,
-        columns=tuple(column for column in COLUMNS if column.key in measured),
+        columns=tuple(column for column in (DENSE_COLUMNS if main.dense else COLUMNS) if column.key in measured),
         entries=entries,
-        smoothing={f"{share:g}": top1 for share, (top1, _) in tuned.items()} if len(tuned) > 1 else {},
+        smoothing={f"{share:g}": score for share, (score, _) in tuned.items()} if len(tuned) > 1 else {},
         settings={
             name: value
             for name, value in specs[0].items()
@@ -203,6 +224,7 @@ def analyse(
         environment=_environment(records),
         reproduce=reproduce or command([record.spec for record in records], asked, [row.name for row in rows]),
         notes=(*notes, _CAUTION, *said),
+        primary=main,
     )
 
 
@@ -218,23 +240,23 @@ class _Row:
         self.role: Literal["plain", "smoothing", "method"]
         self.role = "plain" if not self.spec.methods else "method" if self.share is None else "smoothing"
         self.name = label if self.share is None else f"label smoothing {self.share:g}"
+        self.main = runs[0].primary
         self.runs = {run.spec.seed: run for run in runs}
         self.finished = finished(runs)
 
     @property
-    def top1(self) -> dict[int, float]:
-        """On the test images, by seed."""
-        return {seed: at(run.result, "test", "top1") for seed, run in self.finished.items()}
+    def scores(self) -> dict[int, float]:
+        """The primary metric on the test images, by seed."""
+        return {seed: score for seed, run in self.finished.items() if (score := run.score) is not None}
 
 
 def _against(role: str, rows: Sequence[_Row]) -> dict[str, Contrast]:
-    """Compare with one baseline, by test top-1, all entries that are listed after it."""
+    """Compare with one baseline, by the primary metric, all entries that are listed after it."""
     baseline = next((row for row in rows if row.role == role and row.finished), None)
     if baseline is None:
         return {}
-    images = at(next(iter(baseline.finished.values())).result, "test", "images")
-    others = {row.name: row.top1 for row in rows if row.role not in ("plain", role)}
-    return contrasts(others, baseline.top1, 1 / images)
+    others = {row.name: row.scores for row in rows if row.role not in ("plain", role)}
+    return contrasts(others, baseline.scores, resolution(next(iter(baseline.finished.values()))))
 
 
 def _entry(
@@ -246,16 +268,17 @@ def _entry(
     ]
     failures += [Failure(seed, "not started") for seed in asked if seed not in row.runs]
     plain, rivals = (against[role].get(row.name) for role in ("plain", "smoothing"))
-    found = figures(runs)
+    found, main = figures(runs), row.main
     if not runs:
         said = f"{row.name} has no finished run ({failures[0].reason.rstrip('.')})."
     elif row.role == "method":
-        said = verdict(row.name, plain, rivals, rival=rival)
+        said = verdict(row.name, plain, rivals, rival=rival, metric=main.name)
     else:
-        said = _scored(row.name, found["top1"])
+        said = _scored(row.name, found[main.key], main)
     epochs = min((len(run.epochs) for run in runs), default=row.spec.epochs)
-    curve = [[epoch["holdout"]["top1"] for epoch in run.epochs[:epochs]] for run in runs]
-    counts = np.array([confusion(run, classes) for run in runs]).reshape(-1, classes, classes)
+    curve = [[epoch["holdout"][main.key] for epoch in run.epochs[:epochs]] for run in runs]
+    counts, shares = _by_class(runs, classes, main)
+    masks_seed = next((seed for seed, run in row.finished.items() if run.masks is not None), None)
     before = teacher_seconds(row.spec) if runs else 0.0
     own = found["training_seconds"].mean - before if runs else 0.0
     return EntryAnalysis(
@@ -270,22 +293,42 @@ def _entry(
         curve=np.array(curve, dtype=np.float64).reshape(len(runs), epochs),
         # The teachers come first; then every epoch takes the same number of equal steps.
         curve_cost=before + own * np.arange(1, epochs + 1) / row.spec.epochs,
-        confusion=counts.mean(axis=0) if runs else np.zeros((classes, classes)),
-        per_class=np.mean([recall(each) for each in counts], axis=0) if runs else np.zeros(classes),
+        confusion=counts.mean(axis=0) if runs else np.zeros(counts.shape[1:]),
+        per_class=_mean_of_known(shares) if runs else np.zeros(classes),
         attached=tuple(about for method in row.spec.methods if (about := _attached(method.name, runs)) is not None),
         options={method.name: resolved(method) for method in row.spec.methods},
         teacher_seconds=teacher_seconds(row.spec),
         epochs=row.spec.epochs,
         folders=tuple(str(run.folder) for run in runs),
+        class_iou=shares if main.dense else np.zeros((0, 0)),
+        masks=None if masks_seed is None else row.finished[masks_seed].masks,
+        masks_seed=masks_seed,
     )
 
 
-def _scored(name: str, top1: Summary) -> str:
-    n = len(top1.values)
-    low, high = (100 * min(max(end, 0.0), 1.0) for end in (top1.low, top1.high))
+def _by_class(runs: Sequence[Record], classes: int, main: Primary) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    """Return confusion matrices [S, K, K], in dense tasks [S, 0, 0], and what every class scores, [S, K]."""
+    if main.dense:
+        shares = [class_iou(run) for run in runs]
+        return np.zeros((len(runs), 0, 0)), np.array(shares).reshape(len(runs), classes)
+    counts = np.array([confusion(run, classes) for run in runs]).reshape(-1, classes, classes)
+    return counts, np.array([recall(each) for each in counts]).reshape(len(runs), classes)
+
+
+def _mean_of_known(shares: NDArray[np.float64]) -> NDArray[np.float64]:
+    """Return the means over seeds of [S, K], of those seeds in which a class occurs; NaN where it does in none."""
+    known = np.isfinite(shares)
+    sums, counts = np.where(known, shares, 0.0).sum(axis=0), known.sum(axis=0)
+    means: NDArray[np.float64] = np.divide(sums, counts, out=np.full(sums.shape, np.nan), where=counts > 0)
+    return means
+
+
+def _scored(name: str, score: Summary, main: Primary) -> str:
+    n = len(score.values)
+    low, high = (100 * min(max(end, 0.0), 1.0) for end in (score.low, score.high))
     said = f"95 % interval {low:.2f} to {high:.2f}, {n} seeds" if n > 1 else "1 seed"
     name = "plain training" if name == "plain" else name
-    return f"{name[0].upper()}{name[1:]} scores {100 * top1.mean:.2f} % of test top-1 ({said})."
+    return f"{name[0].upper()}{name[1:]} scores {100 * score.mean:.2f} % of test {main.name} ({said})."
 
 
 def _attached(method: str, runs: Sequence[Record]) -> Attached | None:
@@ -320,7 +363,10 @@ def _classes(records: Sequence[Record]) -> tuple[str, ...]:
         config = record.folder / "student" / "config.json"
         if record.result is not None and config.is_file():
             return tuple(at(read_json(config), "attar", "classes"))
-    answers = [record.predictions for record in records if record.predictions is not None]
+    answers = [record.predictions for record in records if isinstance(record.predictions, Predictions)]
+    if not answers:
+        pixels = next(each for record in records if isinstance(each := record.predictions, PixelPredictions))
+        return tuple(map(str, range(pixels.labelled.shape[1])))
     highest = max(max(int(each.targets.max()), int(each.predicted.max())) for each in answers)
     return tuple(map(str, range(highest + 1)))
 

@@ -14,8 +14,9 @@ from numpy.typing import NDArray
 from attar.compare.records import Record
 from attar.compare.statistics import Summary, summary
 from attar.compare.teachers import teacher_seconds
+from attar.train.predictions import Predictions
 
-__all__ = ["COLUMNS", "Column", "at", "confusion", "figures", "recall"]
+__all__ = ["COLUMNS", "DENSE_COLUMNS", "Column", "at", "class_iou", "confusion", "figures", "recall"]
 
 
 @dataclass(frozen=True)
@@ -40,7 +41,7 @@ class Column:
     group: Literal["quality", "training", "deployment"]
 
 
-COLUMNS = (
+_QUALITY = (
     Column("top1", "Top-1", "share", "high", "Share of test images whose class the student names.", "quality"),
     Column(
         "top5",
@@ -83,6 +84,51 @@ COLUMNS = (
         "Top-1 on corrupted test images, mean over kinds and severities.",
         "quality",
     ),
+)
+_DENSE_QUALITY = (
+    Column(
+        "miou",
+        "mIoU",
+        "share",
+        "high",
+        "Mean over classes of intersection over union, pixels counted over all test images, void ones left out.",
+        "quality",
+    ),
+    Column(
+        "pixel_accuracy",
+        "Pixel accuracy",
+        "share",
+        "high",
+        "Share of the test images' pixels whose class the student names, void ones left out.",
+        "quality",
+    ),
+    Column("nll", "NLL", "number", "low", "Mean of -log p(true class) over the valid test pixels, in nats.", "quality"),
+    Column(
+        "calibration_error",
+        "Calibration error",
+        "share",
+        "low",
+        "Expected difference of confidence and accuracy over 15 equal bins of confidence, over valid pixels.",
+        "quality",
+    ),
+    Column(
+        "class_spread",
+        "Per-class spread",
+        "share",
+        "low",
+        "Standard deviation of the IoUs of the single classes: how unevenly the student serves them.",
+        "quality",
+    ),
+    Column(
+        "corruption_miou",
+        "Corrupted mIoU",
+        "share",
+        "high",
+        "mIoU on corrupted test images, mean over severities and the kinds that leave pixels in place.",
+        "quality",
+    ),
+)
+_COSTS = (
     Column(
         "training_seconds",
         "Training time",
@@ -141,6 +187,8 @@ COLUMNS = (
         "Median time of the student for one image on one CPU thread.",
         "deployment",
     ),
+)
+_EXPORTS = (
     Column(
         "onnx_latency",
         "ONNX latency",
@@ -194,15 +242,26 @@ COLUMNS = (
 )
 
 
+COLUMNS = (*_QUALITY, *_COSTS, *_EXPORTS)
+# Students of dense tasks have no exports to measure yet.
+DENSE_COLUMNS = (*_DENSE_QUALITY, *_COSTS)
+
+
 def figures(runs: Sequence[Record]) -> dict[str, Summary]:
     """Return every figure over the finished runs that have it, by column key."""
-    measured = {
-        key: summary(values)
-        for key, measure in _MEASURES.items()
-        if (values := [value for run in runs if (value := measure(run)) is not None])
-    }
+    if runs and runs[0].primary.dense:
+        return _over(runs, _DENSE_MEASURES)
+    measured = _over(runs, _MEASURES)
     agreement = _agreement(runs)
     return measured if agreement is None else {**measured, "agreement": agreement}
+
+
+def _over(runs: Sequence[Record], measures: Mapping[str, Callable[[Record], float | None]]) -> dict[str, Summary]:
+    return {
+        key: summary(values)
+        for key, measure in measures.items()
+        if (values := [value for run in runs if (value := measure(run)) is not None])
+    }
 
 
 def at(values: Any, *keys: str) -> Any:
@@ -214,14 +273,14 @@ def at(values: Any, *keys: str) -> Any:
 
 def _agreement(runs: Sequence[Record]) -> Summary | None:
     """Compare the answers of every two seeds; no interval, since pairs that share a seed are not independent."""
-    answers = [run.predictions.predicted for run in runs if run.predictions is not None]
+    answers = [run.predictions.predicted for run in runs if isinstance(run.predictions, Predictions)]
     shares = tuple(float(np.mean(one == two)) for one, two in itertools.combinations(answers, 2))
     return Summary(shares, fmean(shares), fmean(shares), fmean(shares)) if shares else None
 
 
 def confusion(run: Record, classes: int) -> NDArray[np.float64]:
     """Return the [K, K] counts of test images by true class (rows) and answer."""
-    assert run.predictions is not None
+    assert isinstance(run.predictions, Predictions)
     cells = run.predictions.targets * classes + run.predictions.predicted
     return np.bincount(cells, minlength=classes**2).reshape(classes, classes).astype(np.float64)
 
@@ -235,8 +294,14 @@ def recall(counts: NDArray[np.float64]) -> NDArray[np.float64]:
     return shares
 
 
+def class_iou(run: Record) -> NDArray[np.float64]:
+    """Return the intersection over union of every class on the test images, [K]; NaN for one that occurs nowhere."""
+    found = at(run.result, "test", "class_iou")
+    return np.array([np.nan if share is None else share for share in found], dtype=np.float64)
+
+
 def _class_spread(run: Record) -> float | None:
-    if run.predictions is None:
+    if not isinstance(run.predictions, Predictions):
         return None
     top = int(max(run.predictions.targets.max(), run.predictions.predicted.max())) + 1
     return float(np.nanstd(recall(confusion(run, top))))
@@ -277,13 +342,7 @@ def _extra(run: Record) -> float:
     return float(at(run.result, "parameters", "training") - at(run.result, "parameters", "deployed"))
 
 
-_MEASURES: dict[str, Callable[[Record], float | None]] = {
-    "top1": lambda run: at(run.result, "test", "top1"),
-    "top5": lambda run: at(run.result, "test", "top5"),
-    "nll": lambda run: at(run.result, "test", "nll"),
-    "calibration_error": lambda run: at(run.result, "test", "calibration_error"),
-    "class_spread": _class_spread,
-    "corruption_top1": lambda run: at(run.measured, "corruptions", "top1"),
+_COST_MEASURES: dict[str, Callable[[Record], float | None]] = {
     "training_seconds": _seconds,
     "step": lambda run: at(run.measured, "step", "relative"),
     "images_per_second": lambda run: at(run.result, "images_per_second"),
@@ -293,6 +352,15 @@ _MEASURES: dict[str, Callable[[Record], float | None]] = {
     "deployed_parameters": lambda run: at(run.result, "parameters", "deployed"),
     "deployed_flops": lambda run: at(run.result, "flops", "deployed"),
     "latency": lambda run: at(run.measured, "latency", "median_seconds"),
+}
+_MEASURES: dict[str, Callable[[Record], float | None]] = {
+    "top1": lambda run: at(run.result, "test", "top1"),
+    "top5": lambda run: at(run.result, "test", "top5"),
+    "nll": lambda run: at(run.result, "test", "nll"),
+    "calibration_error": lambda run: at(run.result, "test", "calibration_error"),
+    "class_spread": _class_spread,
+    "corruption_top1": lambda run: at(run.measured, "corruptions", "top1"),
+    **_COST_MEASURES,
     "onnx_latency": _exported("latency", "one_thread", "median_seconds", int8=False),
     "onnx_size": _exported("size_bytes", int8=False),
     "int8_top1": _exported("accuracy", "artefact", int8=True),
@@ -301,4 +369,13 @@ _MEASURES: dict[str, Callable[[Record], float | None]] = {
     "int8_latency": _exported("latency", "one_thread", "median_seconds", int8=True),
     "int8_size": _exported("size_bytes", int8=True),
     "outliers": _outliers,
+}
+_DENSE_MEASURES: dict[str, Callable[[Record], float | None]] = {
+    "miou": lambda run: at(run.result, "test", "miou"),
+    "pixel_accuracy": lambda run: at(run.result, "test", "pixel_accuracy"),
+    "nll": lambda run: at(run.result, "test", "nll"),
+    "calibration_error": lambda run: at(run.result, "test", "calibration_error"),
+    "class_spread": lambda run: float(np.nanstd(class_iou(run))),
+    "corruption_miou": lambda run: at(run.measured, "corruptions", "miou"),
+    **_COST_MEASURES,
 }

@@ -10,8 +10,11 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+import torch
+
 from attar.compare.analysis import Analysis, analyse
 from attar.compare.measure import measure_runs
+from attar.compare.primary import primary
 from attar.compare.protocol import PLAIN, SMOOTHING, Entry, run_folder, smoothed
 from attar.compare.records import Record, read_record, read_records, remember
 from attar.compare.report import write_report
@@ -20,8 +23,7 @@ from attar.compare.timing import StepTimes, step_times
 from attar.distiller import Distiller
 from attar.errors import AttarError
 from attar.spec import TrainSpec
-from attar.tasks import Classification
-from attar.train.build import build_methods, build_model, build_source
+from attar.train.build import build_methods, build_model, build_source, build_task
 from attar.train.files import read_json, storage_errors, write_json
 
 if TYPE_CHECKING:
@@ -152,7 +154,10 @@ def _check(plan: Plan) -> None:
     for entry in (PLAIN, *plan.entries):
         spec = plan.base.model_copy(update={"methods": entry.methods})
         student = build_model(spec, source.num_classes)
-        Distiller(student, build_methods(spec, source.num_classes), Classification(source.num_classes))
+        methods, task = build_methods(spec, source.num_classes), build_task(spec, source.num_classes)
+        distiller = Distiller(student, methods, task, stages=spec.stages)
+        if entry is PLAIN:
+            distiller.build(torch.zeros(2, 3, *source.image_size))  # a student that is none for this task
 
 
 def report(paths: Sequence[Path], out: Path) -> Analysis:
@@ -194,7 +199,7 @@ def _on_holdout(cell: Cell) -> tuple[float, float]:
     if not cell.finished:
         return -1.0, 0.0
     held = json.loads((cell.folder / "result.json").read_text(encoding="utf-8"))["holdout"]
-    return held["top1"], -held["nll"]
+    return held[primary(cell.spec.task).key], -held["nll"]
 
 
 # What a step costs decides how many epochs an entry gets, when the cost is to be equal or bounded. It is measured once

@@ -99,7 +99,7 @@ class _Row:
 
 
 def accuracy(analysis: Analysis) -> Drawing | None:
-    """Draw mean test accuracy, its 95 % interval and every seed of every entry; None where nothing was measured."""
+    """Draw the test images' primary metric, mean, 95 % interval and every seed; None where nothing was measured."""
     column = accuracy_column(analysis)
     if column is None:
         return None
@@ -145,7 +145,7 @@ def differences(analysis: Analysis, baseline: str) -> Drawing | None:
         return None
     name = "plain training" if baseline == "plain" else "label smoothing"
     told = "; ".join(f"{row.label} {row.text}" for row in rows[:12]) + ("; ..." if len(rows) > 12 else "")
-    finding = f"Paired differences of test top-1 to {name} in points. {told}."
+    finding = f"Paired differences of test {analysis.primary.name} to {name} in points. {told}."
     return _rows(f"differences-{baseline}", rows, 0.0, lambda value: points(value, 1), finding)
 
 
@@ -191,7 +191,7 @@ def _rows(name: str, rows: Sequence[_Row], zero: float | None, tick: Callable[[f
 
 
 def costs(analysis: Analysis) -> Drawing | None:
-    """Draw mean accuracy against mean training time; None where either is missing."""
+    """Draw the mean primary metric against mean training time; None where either is missing."""
     quality, cost = accuracy_column(analysis), cost_column(analysis)
     if quality is None or cost is None:
         return None
@@ -274,7 +274,7 @@ def _apart(wanted: Sequence[float], gap: float, whole: float) -> list[float]:
 
 
 def curve(analysis: Analysis, entry: EntryAnalysis, index: int) -> Drawing | None:
-    """Draw the hold-out top-1 of one entry over epochs, mean and range of the seeds, over plain training in grey."""
+    """Draw the primary metric of one entry on the hold-out over epochs, mean and range of seeds, over plain in grey."""
     if not np.isfinite(entry.curve).any():
         return None
     drawn = [(other, shade) for other, shade in ((_plain(analysis), _PLAIN), (entry, colour(analysis, entry)))]
@@ -292,7 +292,7 @@ def curve(analysis: Analysis, entry: EntryAnalysis, index: int) -> Drawing | Non
     low = max(0.0, low - 0.02 * (top - low))
     last = entry.curve[:, -1]
     finding = (
-        f"Hold-out top-1 of {entry.label} over {entry.curve.shape[1]} epochs, ending at a mean of "
+        f"Hold-out {analysis.primary.name} of {entry.label} over {entry.curve.shape[1]} epochs, ending at a mean of "
         f"{100 * last.mean():.2f} % over {len(last)} seeds."
     )
     width, height, left, bottom = 172, 122, 26, 20

@@ -81,7 +81,9 @@ def finished(runs: Sequence[Record]) -> dict[int, Record]:
 
 
 def tuning(candidates: Mapping[float, Sequence[Record]]) -> dict[float, tuple[float, float]]:
-    """Return mean hold-out top-1 and NLL of every label smoothing, on the seeds that all of them have.
+    """Return mean hold-out score and NLL of every label smoothing, on the seeds that all of them have.
+
+    The score is the primary metric.
 
     Candidates without a finished run do not count; without a common seed there is no answer.
     """
@@ -89,17 +91,18 @@ def tuning(candidates: Mapping[float, Sequence[Record]]) -> dict[float, tuple[fl
     shared = sorted(set.intersection(*map(set, done.values()))) if done else []
     found = {}
     for share, runs in done.items():
+        key = next(iter(runs.values())).primary.key
         held = [run.result["holdout"] for seed in shared if (run := runs[seed]).result is not None]
         if held:
-            found[share] = (fmean(each["top1"] for each in held), fmean(each["nll"] for each in held))
+            found[share] = (fmean(each[key] for each in held), fmean(each["nll"] for each in held))
     return found
 
 
 def chosen(candidates: Mapping[float, Sequence[Record]], tuned: Mapping[float, tuple[float, float]]) -> float | None:
-    """Return the label smoothing that is compared: most finished seeds, then the hold-out's top-1, then its NLL."""
+    """Return the label smoothing that is compared: most finished seeds, then the hold-out's score, then its NLL."""
 
     def rank(share: float) -> tuple[int, float, float]:
-        top1, nll = tuned.get(share, (-1.0, 0.0))
-        return len(finished(candidates[share])), top1, -nll
+        score, nll = tuned.get(share, (-1.0, 0.0))
+        return len(finished(candidates[share])), score, -nll
 
     return max(candidates, key=rank, default=None)

@@ -8,10 +8,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from attar.compare.masks import MASKS, Masks
+from attar.compare.primary import Primary, primary
 from attar.errors import AttarError
 from attar.spec import TrainSpec
 from attar.train.files import read_json, write_json
 from attar.train.predictions import Predictions
+from attar.train.segmentation import PixelPredictions
 
 __all__ = ["FAILURE", "MEASURED", "Record", "measured", "read_record", "read_records", "remember"]
 
@@ -33,17 +36,29 @@ class Record:
         environment: one entry for each time the run was started.
         failure: why it ended without a result, in a sentence.
         exports: what `export.json` says of each of its exports.
+        masks: what the student answers for a few test images of segmentation; None where none were kept.
     """
 
     folder: Path
     spec: TrainSpec
     result: dict[str, Any] | None
     epochs: tuple[dict[str, Any], ...]
-    predictions: Predictions | None
+    predictions: Predictions | PixelPredictions | None
     measured: dict[str, Any]
     environment: tuple[dict[str, Any], ...]
     failure: str | None
     exports: tuple[dict[str, Any], ...] = ()
+    masks: Masks | None = None
+
+    @property
+    def primary(self) -> Primary:
+        """What it is compared by."""
+        return primary(self.spec.task)
+
+    @property
+    def score(self) -> float | None:
+        """Its primary metric on the test images; None while it is not finished."""
+        return None if self.result is None else float(self.result["test"][self.primary.key])
 
 
 def read_records(paths: Iterable[Path]) -> list[Record]:
@@ -71,17 +86,20 @@ def read_record(folder: Path) -> Record:
         AttarError: it is damaged.
     """
     finished = (folder / "result.json").is_file()
+    spec = TrainSpec.load(folder / "spec.json")
+    answers = PixelPredictions if primary(spec.task).dense else Predictions
     return Record(
         folder,
-        TrainSpec.load(folder / "spec.json"),
+        spec,
         read_json(folder / "result.json") if finished else None,
         _epochs(folder / "metrics.jsonl"),
-        Predictions.load(folder / "predictions.npz") if finished else None,
+        answers.load(folder / "predictions.npz") if finished else None,
         measured(folder),
         tuple(_optional(folder / "environment.json", [])),
         None if finished else _optional(folder / FAILURE, {}).get("reason"),
         # Hidden folders are exports that are still being written, or were interrupted.
         tuple(read_json(path) for path in sorted(folder.glob("export/[!.]*/export.json"))),
+        Masks.load(folder / MASKS) if finished and (folder / MASKS).is_file() else None,
     )
 
 

@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from attar.compare import figures, tables
+from attar.compare import figures, pictures, tables
 from attar.compare.analysis import Analysis, EntryAnalysis
 from attar.compare.statistics import Contrast
 from attar.train.files import write_atomically
@@ -77,6 +77,7 @@ def html_text(analysis: Analysis) -> str:
     script, style = (_inlined(environment, name) for name in ("report.js", "report.css"))
     return environment.get_template("report.html").render(
         analysis=analysis,
+        metric=analysis.primary.name,
         answer=tables.answer(analysis),
         script=Markup(script),
         style=Markup(style),
@@ -94,6 +95,7 @@ def html_text(analysis: Analysis) -> str:
         open_confusions=_OPEN,
         folded=_FOLDED,
         classes=_classes(analysis),
+        examples=pictures.examples(analysis),
         attached=[entry for entry in analysis.entries if entry.attached or any(entry.options.values())],
         nothing=[entry.label for entry in analysis.entries if not entry.attached and not any(entry.options.values())],
     )
@@ -133,6 +135,7 @@ def _facts(analysis: Analysis) -> list[tuple[str, str]]:
         ("Data", f"{analysis.data}, {len(analysis.classes)} classes"),
         ("Images", images),
         ("Seeds", seeds),
+        *([("Task", analysis.primary.task)] if analysis.primary.dense else []),
         ("Epochs", f"{epochs[0]}" if len(set(epochs)) == 1 else f"{epochs[0]} to {epochs[-1]}" if epochs else "none"),
     ]
 
@@ -220,7 +223,7 @@ def _confusions(analysis: Analysis) -> list[dict[str, Any]]:
 
 
 def _classes(analysis: Analysis) -> dict[str, Any]:
-    """Return per-class accuracy: all classes, or those in which the entries differ most."""
+    """Return what every class scores: all classes, or those in which the entries differ most."""
     entries = [entry for entry in analysis.entries if entry.seeds and len(entry.per_class) == len(analysis.classes)]
     plain = next((entry for entry in entries if entry.role == "plain"), None)
     chosen = list(range(len(analysis.classes)))

@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING, Any
 from filelock import FileLock, Timeout
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
+from attar.compare.primary import primary
 from attar.compare.records import FAILURE
 from attar.errors import AttarError
 from attar.spec import TrainSpec
@@ -196,8 +197,8 @@ class _Crew:
         """Say what became of a run."""
         self.settled += 1
         if cell.finished:
-            result = read_json(cell.folder / "result.json")
-            said = f"test top-1 {result['test']['top1']:.2%}, {result['training_seconds']:.1f} s of training"
+            result, main = read_json(cell.folder / "result.json"), primary(cell.spec.task)
+            said = f"test {main.name} {result['test'][main.key]:.2%}, {result['training_seconds']:.1f} s of training"
         else:
             said = f"FAILED: {read_json(cell.folder / FAILURE)['reason']}"
         if not self.console.is_terminal or not cell.finished:

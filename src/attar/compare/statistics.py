@@ -78,14 +78,15 @@ def contrast(
 
     Why s has a floor: accuracies are counts, so that a few differences can be equal by chance alone, and a t-test that
     sees no spread is certain of anything. Each count stands for a share known to +-half an image, an error of variance
-    `resolution^2 / 12`; the difference of two has twice that. Less spread than this the test set cannot tell.
+    `resolution^2 / 12`; the difference of two has twice that. Less spread than this the test set cannot tell. What of
+    that holds for a mean IoU, which counts pixels, `attar.compare.primary.resolution` says.
 
     Without spread and resolution the test has no answer; p is then 1 for no difference and 0 for any.
 
     Args:
         values: one number per seed, n >= 2.
         baseline: the same seeds under the other entry.
-        resolution: the granularity of the values, 1 / (number of test images) for an accuracy.
+        resolution: the granularity of the values, 1 / (number of test images) for an accuracy; see above.
         family: number of contrasts with this baseline that are corrected together; `detectable` refers to the first
             step of Holm's correction, ALPHA / family. `p_corrected` stays p: `contrasts` corrects.
 
@@ -194,27 +195,33 @@ def _noncentrality(freedom: int, alpha: float, power: float) -> float:
 
 
 def verdict(
-    label: str, plain: Contrast | None, smoothing: Contrast | None, *, rival: str = "tuned label smoothing"
+    label: str,
+    plain: Contrast | None,
+    smoothing: Contrast | None,
+    *,
+    rival: str = "tuned label smoothing",
+    metric: str = "top-1",
 ) -> str:
     """Say in words whether a method helps; it claims no more than the corrected tests.
 
     Args:
         label: of the method.
-        plain: test top-1 against plain training, in shares; None when fewer than two seeds are common.
+        plain: the test metric against plain training, in shares; None when fewer than two seeds are common.
         smoothing: likewise against label smoothing.
         rival: what label smoothing is called.
+        metric: what the metric is called.
     """
     if plain is None:
         first = (
             f"Nothing can be said about {label} yet: it and plain training need at least two finished seeds in common."
         )
     else:
-        first = _against_plain(label, plain)
+        first = _against_plain(label, plain, metric)
     return f"{first} {_against_rival(rival, smoothing)}"
 
 
-def _against_plain(label: str, found: Contrast) -> str:
-    gain = f"{_points(found.mean)} points of test top-1 over plain training"
+def _against_plain(label: str, found: Contrast, metric: str) -> str:
+    gain = f"{_points(found.mean)} points of test {metric} over plain training"
     if found.p_corrected < ALPHA:
         return f"{label} {'helps' if found.mean > 0 else 'hurts'}: {gain} ({_evidence(found)}, {_seeds(found)})."
     return f"No evidence that {label} helps at {_seeds(found)}: {gain} ({_evidence(found)}); {_unseen(found)}."

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from attar.compare.analysis import Analysis, Column, EntryAnalysis
-from attar.compare.statistics import ALPHA, Contrast, Summary
+from attar.compare.statistics import ALPHA, Contrast, Summary, summary
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -148,7 +148,7 @@ def summary_text(summary: Summary | None, kind: str) -> str:
 
 def accuracy_column(analysis: Analysis) -> Column | None:
     """Return the column that verdicts are about."""
-    return _column(analysis, "top1", "quality", "share")
+    return _column(analysis, analysis.primary.key, "quality", "share")
 
 
 def cost_column(analysis: Analysis) -> Column | None:
@@ -252,10 +252,10 @@ _DIFFERENCES = {"plain": "against_plain", "smoothing": "against_smoothing"}
 def csv_text(analysis: Analysis) -> str:
     """Write one row per entry and figure, and one per entry and difference, for pandas.
 
-    Columns: `label`, `role`, `key` (as in `report.json`; differences are `top1_minus_plain`, `top1_minus_smoothing`),
-    `n` (values behind the mean; 0 where nothing was measured), `mean`, `low`, `high` (95 % interval), `p`,
-    `p_corrected`, `detectable` (differences only) and `seed_S` for every seed that was asked for, empty where that run
-    has no value.
+    Columns: `label`, `role`, `key` (as in `report.json`; differences are `top1_minus_plain`, `top1_minus_smoothing`, in
+    segmentation `miou_minus_plain` and so on; there `iou:NAME` is the intersection over union of a class), `n` (values
+    behind the mean; 0 where nothing was measured), `mean`, `low`, `high` (95 % interval), `p`, `p_corrected`,
+    `detectable` (differences only) and `seed_S` for every seed that was asked for, empty where that run has no value.
     Numbers are in base units: shares in 0..1, seconds, bytes. A wide table of means is
     `frame.pivot(index="label", columns="key", values="mean")`.
     """
@@ -271,9 +271,13 @@ def csv_text(analysis: Analysis) -> str:
             if figure is None:
                 rows.writerow([*start, 0, *[""] * (6 + len(seeds))])
                 continue
-            values = _by_seed(figure.values, entry.seeds)
-            numbers = map(_number, (figure.mean, figure.low, figure.high))
-            rows.writerow([*start, len(figure.values), *numbers, "", "", "", *(values.get(seed, "") for seed in seeds)])
+            rows.writerow([*start, *_figure_cells(figure, _by_seed(figure.values, entry.seeds), seeds)])
+        for name, shares in zip(analysis.classes, entry.class_iou.T, strict=False):
+            known = {seed: share for seed, share in zip(entry.seeds, shares, strict=True) if math.isfinite(share)}
+            if known:
+                single = tuple(known.values())
+                cells = _figure_cells(summary(single), _by_seed(single, tuple(known)), seeds)
+                rows.writerow([entry.label, entry.role, f"iou:{name}", *cells])
         for baseline, name in _DIFFERENCES.items():
             contrast: Contrast | None = getattr(entry, name)
             if contrast is None:
@@ -283,9 +287,14 @@ def csv_text(analysis: Analysis) -> str:
                 _number,
                 (contrast.mean, contrast.low, contrast.high, contrast.p, contrast.p_corrected, contrast.detectable),
             )
-            start = [entry.label, entry.role, f"top1_minus_{baseline}"]
+            start = [entry.label, entry.role, f"{analysis.primary.key}_minus_{baseline}"]
             rows.writerow([*start, len(contrast.differences), *numbers, *(values.get(seed, "") for seed in seeds)])
     return text.getvalue()
+
+
+def _figure_cells(figure: Summary, values: Mapping[int, str], seeds: list[int]) -> list[int | str]:
+    numbers = map(_number, (figure.mean, figure.low, figure.high))
+    return [len(figure.values), *numbers, "", "", "", *(values.get(seed, "") for seed in seeds)]
 
 
 def _common(analysis: Analysis, entry: EntryAnalysis, role: str) -> tuple[int, ...]:
@@ -306,22 +315,29 @@ def _number(value: float) -> str:
 
 
 def json_text(analysis: Analysis) -> str:
-    """Write everything, by the names of `Analysis` and its parts; what is not finite is null."""
-    return json.dumps({"format": 1, **_bare(analysis)}, indent=1, ensure_ascii=False, allow_nan=False) + "\n"
+    """Write everything but pixels, by the names of `Analysis` and its parts; what is not finite is null."""
+    bare = _bare(analysis, analysis.primary.dense)
+    return json.dumps({"format": 1, **bare}, indent=1, ensure_ascii=False, allow_nan=False) + "\n"
 
 
-def _bare(value: Any) -> Any:
+def _bare(value: Any, dense: bool) -> Any:
     if dataclasses.is_dataclass(value):
-        return {field.name: _bare(getattr(value, field.name)) for field in dataclasses.fields(value)}
+        told = (each for each in dataclasses.fields(value) if _written(each, dense))
+        return {each.name: _bare(getattr(value, each.name), dense) for each in told}
     if isinstance(value, np.ndarray | np.generic):
-        return _bare(value.tolist())
+        return _bare(value.tolist(), dense)
     if isinstance(value, Mapping):
-        return {str(key): _bare(each) for key, each in value.items()}
+        return {str(key): _bare(each, dense) for key, each in value.items()}
     if isinstance(value, list | tuple):
-        return [_bare(each) for each in value]
+        return [_bare(each, dense) for each in value]
     if isinstance(value, float):
         return value if math.isfinite(value) else None
     return value if value is None or isinstance(value, str | int) else str(value)
+
+
+def _written(field: dataclasses.Field[Any], dense: bool) -> bool:
+    when = field.metadata.get("written")
+    return when is None or (dense and when == "dense")
 
 
 # Markdown ------------------------------------------------------------------------------------------------------------
@@ -329,7 +345,7 @@ def _bare(value: Any) -> Any:
 
 def markdown_text(analysis: Analysis) -> str:
     """Write verdicts and table for a GitHub issue or a README."""
-    seeds = ", ".join(map(str, analysis.seeds))
+    seeds, metric = ", ".join(map(str, analysis.seeds)), analysis.primary.name
     lines = [
         f"## Does it help {_safe(analysis.model)} on {_safe(analysis.data)}?",
         "",
@@ -337,7 +353,7 @@ def markdown_text(analysis: Analysis) -> str:
         "",
         *(f"- {_safe(line)}" for line in verdict_lines(analysis)),
         "",
-        f"Seeds {seeds}; means ± half of the 95 % interval. Δ: paired difference of test top-1 in points.",
+        f"Seeds {seeds}; means ± half of the 95 % interval. Δ: paired difference of test {metric} in points.",
         "",
     ]
     heads = ["entry", "seeds", "Δ plain", "Δ label smoothing", *(_safe(column.title) for column in analysis.columns)]
@@ -347,6 +363,7 @@ def markdown_text(analysis: Analysis) -> str:
         plain, smoothing = judged(entry.against_plain).word, judged(entry.against_smoothing).rival
         differences = [_difference(entry.against_plain, plain), _difference(entry.against_smoothing, smoothing)]
         lines.append(_row([_safe(entry.label), seeds_done(entry), *differences, *figures]))
+    lines += _class_table(analysis)
     missing = [f"- {_safe(entry.label)}. {_safe(line)}" for entry in analysis.entries for line in failures(entry)]
     if missing:
         lines += ["", "Runs without a result:", "", *missing]
@@ -354,6 +371,19 @@ def markdown_text(analysis: Analysis) -> str:
         lines += ["", "Notes:", "", *(f"- {_safe(note)}" for note in analysis.notes)]
     fence = "`" * max(3, 1 + max((len(run) for run in re.findall("`+", analysis.reproduce)), default=0))
     return "\n".join([*lines, "", "Reproduce:", "", f"{fence}bash", analysis.reproduce, fence, ""])
+
+
+def _class_table(analysis: Analysis) -> list[str]:
+    """Write the IoU of every class of segmentation, mean over seeds, a row for a class."""
+    entries = [entry for entry in analysis.entries if len(entry.class_iou)]
+    if not entries:
+        return []
+    heads = ["IoU", *(_safe(entry.label) for entry in entries)]
+    rows = [
+        _row([_safe(name), *(written(float(entry.per_class[i]), "share") for entry in entries)])
+        for i, name in enumerate(analysis.classes)
+    ]
+    return ["", _row(heads), _row(["---", *["---:"] * len(entries)]), *rows]
 
 
 def _difference(contrast: Contrast | None, word: str = "") -> str:
@@ -385,7 +415,8 @@ def terminal_table(analysis: Analysis) -> Table:
     accuracy, cost = accuracy_column(analysis), cost_column(analysis)
     table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="bold")
     table.add_column("entry")
-    heads = ["seeds", accuracy.title if accuracy else "top-1", "over plain", "over smoothing", "p corrected"]
+    quality = accuracy.title if accuracy else analysis.primary.name
+    heads = ["seeds", quality, "over plain", "over smoothing", "p corrected"]
     for head in [*heads, cost.title if cost else "training time"]:
         table.add_column(Text(head), justify="right")
     table.add_column("verdict")
