@@ -55,8 +55,8 @@ class FRSKD(Method):
     - a neck, the published form: F_i are the maps S of the student's `BiFPNNeck` (the network `bifpn_efficientnet_b0`
       has one) or those that `maps` names, T_i those of `layers` more layers of the same kind on top, the last of which
       ends at the finest map; a head of its own there gives z_t.
-    - any other network: F_i are the stages of its encoder, and the pyramid is the one above, mirrored (deep to shallow
-      last), so that it ends at T_1, where the same kind of head gives z_t.
+    - any other network: F_i are the stages of its encoder, and the pyramid is the one above, mirrored (from shallow to
+      deep and back), so that it ends at T_1, where the same kind of head gives z_t and trains all of it.
 
     Shapes: maps [N, c_i, h_i, w_i] -> [N, d_i, h_i, w_i], d_i = max(8, round(w c_i)), on a neck c; logits [N, K], in
     dense tasks [N, K, H, W], bilinear from the finest map. Unit: nats (kl, cross-entropies), none (features).
@@ -64,12 +64,14 @@ class FRSKD(Method):
     that one teaches the student alone.
 
     Cost: parameters and multiply-adds of the self-teacher while training: on CIFAR ResNet-18 0.57 and 0.71 times the
-    student's; five times everything with `joint_labels`; in dense tasks the head's at the finest resolution above all.
-    Deployed: nothing.
+    student's; five times everything with `joint_labels`. In dense tasks, most of it in the head at the finest
+    resolution, 0.61 times the multiply-adds of `bifpn_efficientnet_b0` (180 x 240 pixels), 1.4 times those of
+    lraspp_mobilenet_v3_large, 0.12 times those of fcn_resnet50. Deployed: nothing.
 
     When it helps: networks with several resolutions, most on fine-grained images; much of the published gain on
     CIFAR-100 is over a weak baseline (73.8 %); against a stronger one (76.2 %) a re-run gained 0.4. Little to refine
-    in networks of constant resolution or where the last maps are a few pixels wide.
+    in networks of constant resolution or where the last maps are a few pixels wide. Published for segmentation: 79.07
+    -> 80.55 % mIoU on VOC, for the network that `bifpn_efficientnet_b0` is.
 
     Args:
         alpha: weight of `kl`; the paper searched 1, 2, 3. Default: 2; in dense tasks, as published, 1.
@@ -92,7 +94,7 @@ class FRSKD(Method):
         start: share of the run before `kl` and `features` are switched on. Default: 0; in dense tasks two thirds (40
             of 60 epochs).
         ramp: share of the run over which they then grow by exp(-5 (1 - t)^2), t from 0 to 1; 0: at once. Default: 0;
-            in dense tasks what is left of the run. As published, a whole epoch has the value of its end.
+            in dense tasks what is left of the run, and, as published, a whole epoch has the value of its end.
         batch_norm: in the self-teacher, as published; without it the loss is a mean over samples and does not depend
             on how a batch is spread over processes.
         maps: dense tasks: modules whose outputs are the maps of a neck, fine to deep, of one width (published: six).
@@ -151,18 +153,17 @@ class FRSKD(Method):
             raise AttarError("FRSKD's features 'od' take their margins from batch norm: leave batch_norm on.")
         if width <= 0:
             raise AttarError(f"FRSKD's width must be positive, not {width}.")
-        fits = max_channels is None or max_channels >= min_channels
-        if min(depth, channels, min_channels) < 1 or not fits:
+        self._given = (alpha, beta, temperature, max_channels, start, ramp)
+        self._settle(dense=False)
+        if min(depth, channels, min_channels) < 1 or self.max_channels < min_channels:
             raise AttarError(
                 "FRSKD needs depth, channels and min_channels of at least 1 and max_channels of at least min_channels, "
-                f"not {depth}, {channels}, {min_channels} and {max_channels}."
+                f"not {depth}, {channels}, {min_channels} and {self.max_channels}."
             )
         if layers < 1 or (head_channels is not None and head_channels < 1):
             raise AttarError(f"FRSKD needs layers and head_channels of at least 1, not {layers} and {head_channels}.")
         if levels is not None and levels < 2:
             raise AttarError(f"FRSKD's pyramid needs at least two levels, not {levels}.")
-        self._given = (alpha, beta, temperature, max_channels, start, ramp)
-        self._settle(dense=False)
         self.features, self.pyramid = features, pyramid
         self.width, self.min_channels = width, min_channels
         self.channels, self.depth, self.levels = channels, depth, levels
@@ -271,7 +272,7 @@ class FRSKD(Method):
         if self.pyramid == "bifpn":
             return [self.channels] * len(inputs)
         if self.dense:
-            return [min(self.max_channels, max(self.min_channels, round(self.width * c))) for c in inputs]
+            return [max(self.min_channels, min(self.max_channels, round(self.width * c))) for c in inputs]
         width = min(self.width, self.max_channels / max(inputs))
         return [max(self.min_channels, round(width * c)) for c in inputs]
 
@@ -326,12 +327,12 @@ class FRSKD(Method):
         return torch.stack(levels).sum()
 
     def epoch_start(self, epoch: int, epochs: int) -> None:
-        """Remember where the epoch ends: the ramp is as far as that all through it."""
+        """Remember where the epoch ends: in dense tasks the ramp is as far as that all through it."""
         self._epoch_end.fill_((epoch + 1) / epochs)
 
     def weights(self, progress: Tensor) -> Mapping[str, float | Tensor]:
         """Constant as published for classification, or switched on at `start` and ramped."""
-        reached = torch.maximum(progress, self._epoch_end.to(progress.dtype))
+        reached = torch.maximum(progress, self._epoch_end.to(progress.dtype)) if self.dense else progress
         on = (progress >= self.start) * sigmoid_ramp(reached - self.start, self.ramp)
         weights: dict[str, float | Tensor] = {"kl": self.alpha * on}
         if self.features != "none":
