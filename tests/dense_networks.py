@@ -6,10 +6,13 @@ import importlib.util
 from collections.abc import Callable
 from dataclasses import dataclass
 
+import timm
 import torch
 import torch.nn.functional as F
 import torchvision
 from torch import Tensor, nn
+
+import attar.zoo  # noqa: F401 - registers bifpn_efficientnet_b0
 
 
 @dataclass(frozen=True)
@@ -99,6 +102,10 @@ def _torchvision(name: str, size: tuple[int, int] = (64, 96), **options: object)
     return DenseNetwork(f"torchvision:{name}", size, make)
 
 
+def _timm(name: str, size: tuple[int, int] = (64, 96)) -> DenseNetwork:
+    return DenseNetwork(name, size, lambda classes: timm.create_model(name, num_classes=classes))
+
+
 def _smp(name: str) -> DenseNetwork:
     def make(classes: int) -> nn.Module:
         import segmentation_models_pytorch as smp
@@ -118,7 +125,7 @@ DENSE_NETWORKS = [
     _torchvision("deeplabv3_mobilenet_v3_large", aux_loss=True),
     _torchvision("deeplabv3_resnet50", aux_loss=False),
     _torchvision("fcn_resnet50", aux_loss=True),
-    _torchvision("fcn_resnet101", aux_loss=False),
+    _timm("bifpn_efficientnet_b0"),
     _smp("Unet"),
     _smp("FPN"),
 ]

@@ -134,3 +134,15 @@ def test_what_cannot_be_cut_is_left_out() -> None:
 
     low, high = stage(4, 7, 7, "low"), stage(4, 3, 3, "high")
     assert early_exits(Branching(), [low], [Exit(low, high, 4, 5)], torch.randn(2, 3, 16, 16)) == {}
+
+
+@pytest.mark.parametrize("kind", ["bottleneck", "attention"])
+def test_a_dense_head_classifies_every_position(kind: str) -> None:
+    head = Exit(stage(4, 16, 24), stage(8, 4, 6), 8, 3, kind, dense=True).eval()  # type: ignore[arg-type]
+    deep, pooled, logits = head(torch.randn(2, 4, 16, 24), (61, 95))
+    assert deep.shape == (2, 8, 4, 6)
+    torch.testing.assert_close(pooled, deep.mean(dim=(2, 3)))
+    at_positions = torch.einsum("kd,ndhw->nkhw", head.classifier.weight[:, :, 0, 0], deep)
+    at_positions = at_positions + head.classifier.bias[None, :, None, None]
+    expected = nn.functional.interpolate(at_positions, (61, 95), mode="bilinear", align_corners=False)
+    torch.testing.assert_close(logits, expected)

@@ -7,6 +7,8 @@ from torch import Tensor, nn
 from architectures import ARCHITECTURES, Architecture, HandWritten
 from attar.anatomy import redraw_, replica, split, survey
 from attar.errors import AttarError
+from attar.tasks import Segmentation
+from dense_networks import DENSE_NETWORKS, DenseNetwork, Dilated
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES, ids=lambda a: a.name)
@@ -137,3 +139,66 @@ def test_redrawing_keeps_every_layers_distribution() -> None:
     assert torch.equal(module[1].weight, torch.ones(8))
     assert torch.equal(module[1].running_mean, torch.zeros(8))
     assert torch.equal(module[1].running_var, torch.ones(8))
+
+
+# The rest of them are cut by ONE's contract.
+DENSE = [n for n in DENSE_NETWORKS if n.cheap or n.name in ("pyramid", "torchvision:deeplabv3_mobilenet_v3_large")]
+
+
+@pytest.mark.parametrize("network", DENSE, ids=lambda network: network.name)
+def test_dense_networks_are_cut_inside_and_behind_their_encoder(network: DenseNetwork) -> None:
+    """At every stage, the last too, on images of another size; the tail returns the logits alone."""
+    torch.manual_seed(0)
+    whole, task = network.make(4), Segmentation(4)
+    images = torch.randn(2, 3, *network.size)
+    anatomy, _ = survey(whole, images, num_classes=4, dense=True)
+    other = torch.randn(2, 3, 2 * network.size[0], network.size[1] + 32)
+    whole.eval()
+    for stage in anatomy.stages:
+        halves = split(whole, stage.name, images, answer=task.logits)
+        with torch.no_grad():
+            answer = halves.tail.eval()(*halves.trunk.eval()(other))
+            assert torch.equal(answer, task.logits(whole(other))), stage.name
+        assert not any("aux" in name for name, _ in halves.tail.named_parameters())
+
+
+def test_without_a_finder_the_tail_returns_all_that_the_network_returns() -> None:
+    whole = Dilated(4).eval()
+    images = torch.randn(2, 3, 32, 48)
+    halves = split(whole, "encoder", images)
+    answer = halves.tail(*halves.trunk(images))
+    assert answer.keys() == {"out", "aux"}
+    assert torch.equal(answer["aux"], whole(images)["aux"])
+
+
+def test_an_answer_made_by_one_module_is_taken_apart_in_the_tail() -> None:
+    class Head(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer = nn.Conv2d(4, 3, 1)
+
+        def forward(self, x: Tensor) -> dict[str, Tensor]:
+            return {"out": self.layer(x), "features": x}
+
+    network = nn.Sequential(nn.Conv2d(3, 4, 1), Head()).eval()
+    images = torch.randn(2, 3, 8, 12)
+    halves = split(network, "0", images, answer=Segmentation(3).logits)
+    assert torch.equal(halves.tail(*halves.trunk(images)), network(images)["out"])
+
+
+def test_a_given_tail_returns_the_logits_alone() -> None:
+    whole = Dilated(4)
+
+    class Tail(nn.Module):
+        def __init__(self, pick: bool) -> None:
+            super().__init__()
+            self.head, self.pick = whole.head, pick
+
+        def forward(self, features: Tensor) -> object:
+            out = nn.functional.interpolate(self.head(features), scale_factor=4, mode="bilinear")
+            return out if self.pick else {"out": out}
+
+    images = torch.randn(2, 3, 32, 48)
+    split(whole, "encoder", images, Tail(True), answer=Segmentation(4).logits)
+    with pytest.raises(AttarError, match="do not equal the whole"):
+        split(whole, "encoder", images, Tail(False), answer=Segmentation(4).logits)

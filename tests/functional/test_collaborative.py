@@ -10,11 +10,13 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy
 
 from attar.functional import (
+    MutualTarget,
     collaborative_target,
     error_covariance,
     general_target,
     general_weights,
     linear_weights,
+    mutual_divergences,
 )
 
 RULES = ("naive", "linear", "minlogit")
@@ -151,3 +153,13 @@ def test_error_covariance_and_general_target() -> None:
     assert (target >= 0).all()
     torch.testing.assert_close(general_target(f, torch.tensor([0.5, 0.5, 0.0])), (f[0] + f[1]) / 2)
     assert (general_target(f, torch.tensor([2.0, -1.0, 0.0])) >= 0).all()
+
+
+@pytest.mark.parametrize("target", ["each", "probabilities", "logits"])
+def test_networks_imitate_each_other_on_valid_pixels(target: MutualTarget) -> None:
+    generator = torch.Generator().manual_seed(0)
+    z = [torch.randn(2, 4, 5, 6, dtype=torch.float64, generator=generator) for _ in range(3)]
+    valid = torch.rand(2, 5, 6, generator=generator) < 0.7
+    found = mutual_divergences(z, 2.0, target=target, valid=valid)
+    expected = mutual_divergences([x.movedim(1, -1)[valid] for x in z], 2.0, target=target)
+    torch.testing.assert_close(torch.stack(found), torch.stack(expected))

@@ -7,7 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from attar.functional import ensemble_log_probs, gated_logits, kl_divergence, sigmoid_ramp
+from attar.functional import ensemble_log_probs, gated_logits, kl_divergence, masked_mean, sigmoid_ramp
 
 Z_S = torch.tensor([[1.0, 0.0, -1.0]], dtype=torch.float64)
 Z_T = torch.tensor([[2.0, 0.0, 0.0]], dtype=torch.float64)
@@ -65,6 +65,27 @@ def test_dense_logits_average_over_pixels() -> None:
     torch.testing.assert_close(kl_divergence(z, t, 2.0), kl_divergence(*flat, 2.0))
 
 
+def test_void_pixels_stay_out_of_the_average() -> None:
+    z, t = torch.randn(2, 3, 4, 5, dtype=torch.float64, requires_grad=True), torch.randn(2, 3, 4, 5).double()
+    valid = torch.arange(40).view(2, 4, 5) % 3 > 0
+    divergence = kl_divergence(z, t, 2.0, valid=valid)
+    flat = [x.movedim(1, -1)[valid] for x in (z, t)]
+    torch.testing.assert_close(divergence, kl_divergence(*flat, 2.0))
+    # Not even an overflow counts there.
+    wild = t.masked_fill(~valid[:, None], float("inf"))
+    assert torch.equal(kl_divergence(z, wild, 2.0, valid=valid), divergence)
+    (gradient,) = torch.autograd.grad(divergence, z)
+    assert not gradient.movedim(1, -1)[~valid].any()
+    assert kl_divergence(z, t, valid=torch.zeros_like(valid)) == 0
+
+
+def test_masked_mean() -> None:
+    values = torch.tensor([[1.0, 2.0], [4.0, float("nan")]])
+    assert masked_mean(values, torch.tensor([[True, False], [True, False]])) == 2.5
+    assert masked_mean(values[:1], None) == 1.5
+    assert masked_mean(values, torch.zeros(2, 2, dtype=torch.bool)) == 0
+
+
 def test_half_precision_is_computed_in_float32() -> None:
     assert kl_divergence(Z_S.bfloat16(), Z_T.bfloat16(), 4.0).dtype == torch.float32
 
@@ -74,6 +95,12 @@ def test_ensemble_averages_probabilities_not_logits() -> None:
     expected = (torch.softmax(a / 2, 1) + torch.softmax(b / 2, 1)) / 2
     torch.testing.assert_close(ensemble_log_probs([a, b], 2.0).exp(), expected)
     assert not torch.allclose(expected, torch.softmax((a + b) / 4, 1), atol=1e-2)
+
+
+def test_one_gate_value_stands_for_all_pixels_of_a_sample() -> None:
+    one, two = torch.randn(2, 3, 4, 5), torch.randn(2, 3, 4, 5)
+    mixed = gated_logits([one, two], torch.tensor([[0.25, 0.75], [1.0, 0.0]]))
+    torch.testing.assert_close(mixed, torch.stack([0.25 * one[0] + 0.75 * two[0], one[1]]))
 
 
 def test_gated_logits() -> None:
