@@ -68,7 +68,7 @@ def measured(run: Path, options: argparse.Namespace) -> Iterator[tuple[str, ...]
     def accuracy(path: Path) -> float:
         split = some_of(source.holdout, options.images) if options.images else source.holdout
         runtime = ONNX().load(path, options.threads)
-        return measure_runtime(runtime, split, normalization, source.num_classes)[0].top1
+        return measure_runtime(runtime, split, normalization, candidate.task).metrics.score
 
     with tempfile.TemporaryDirectory() as home:
         folder = Path(home)
@@ -104,7 +104,7 @@ class _Told:
     """Measures a student's files, each against the first."""
 
     def __init__(self, candidate: Candidate, normalization: Normalization, threads: int, name: str) -> None:
-        self.source, self.normalization, self.threads, self.name = candidate.source, normalization, threads, name
+        self.candidate, self.normalization, self.threads, self.name = candidate, normalization, threads, name
         self.first: Any = None
 
     def row(
@@ -114,13 +114,14 @@ class _Told:
         found = (write() if write is not None else None) or {}
         spent += time.perf_counter() - began
         runtime = ONNX().load(path, self.threads)
-        metrics, answers = measure_runtime(runtime, self.source.test, self.normalization, self.source.num_classes)
-        self.first = self.first or (metrics, answers)
-        drop = 100 * (self.first[0].top1 - metrics.top1)
-        agreement = 100 * (answers.predicted == self.first[1].predicted).mean()
+        measured = measure_runtime(runtime, self.candidate.source.test, self.normalization, self.candidate.task)
+        self.first = self.first or measured
+        top1 = measured.metrics.score
+        drop = 100 * (self.first.metrics.score - top1)
+        agreement = 100 * (measured.found == self.first.found).mean()
         left = f"{len(found['left_in_float32'])} nodes" if "left_in_float32" in found else "0"
         size = f"{path.stat().st_size / 1024:.0f}"
-        shown = f"{100 * metrics.top1:.2f} %", f"{drop:+.2f}", f"{agreement:.2f} %", size, left, f"{spent:.0f}"
+        shown = f"{100 * top1:.2f} %", f"{drop:+.2f}", f"{agreement:.2f} %", size, left, f"{spent:.0f}"
         return (self.name, kind, *shown)
 
 

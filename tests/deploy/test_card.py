@@ -36,6 +36,7 @@ def report(format: str = "onnx", **changed: Any) -> Report:
         "file": FILES[format],
         "size_bytes": 1_234_567,
         "sha256": "0123456789abcdef" * 4,
+        "task": "classification",
         "model": "cifar_resnet20",
         "parameters": 272_474,
         "deployable": None,
@@ -57,6 +58,7 @@ def report(format: str = "onnx", **changed: Any) -> Report:
             "batch_sizes": [1, 5, 64],
         },
         "accuracy": {
+            "metric": "top1",
             "fp32": 0.9134,
             "artefact": 0.9071,
             "agreement": 0.9823,

@@ -22,31 +22,16 @@ from attar.train.distributed import Ranks, join
 from attar.train.models import make_model
 from attar.train.run_folder import RunFolder
 from attar.train.segmentation import PixelPredictions, SegmentationMetrics, measure_pixels
+from pictures import VOID, write_discs
 from runs import assert_same_run, kill_after_lines, quiet, two_ranks
 
 MODEL = "lraspp_mobilenet_v3_large"
-VOID = 255
 
 
 @pytest.fixture(scope="module")
 def streets(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Write 23 images of 32 x 48: a bright disc (class 1) on a dark ground (0), a void edge; class 2 is rare."""
     home = tmp_path_factory.mktemp("streets")
-    rng = np.random.default_rng(0)
-    y, x = np.mgrid[:32, :48]
-    for split, count in (("train", 16), ("test", 7)):
-        for part in ("images", "masks"):
-            (home / split / part).mkdir(parents=True)
-        for number in range(count):
-            cy, cx, radius = rng.uniform(8, 24), rng.uniform(10, 38), rng.uniform(4, 9)
-            mask = ((y - cy) ** 2 + (x - cx) ** 2 < radius**2).astype(np.uint8)
-            if number == 0:
-                mask[3:5, 3:5] = 2
-            image = rng.integers(0, 90, (32, 48, 3)) + 120 * (mask[..., None] == 1)
-            mask[:, :2] = VOID
-            Image.fromarray(image.astype(np.uint8)).save(home / split / "images" / f"{number:02}.png")
-            Image.fromarray(mask).save(home / split / "masks" / f"{number:02}.png")
-    (home / "classes.json").write_text(json.dumps({"names": ["ground", "disc", "mark"]}))
+    write_discs(home)
     return home
 
 
@@ -231,10 +216,3 @@ def test_a_teacher_of_another_task_is_refused(run: tuple[Path, dict[str, Any]], 
     taught = spec_of(streets, methods=[{"name": "KD", "options": {"teachers": [str(run[0])]}}], epochs=1)
     result = fit(taught, tmp_path / "taught", console=quiet())
     assert result["terms"]["KD.kl"]["loss"] > 0
-
-
-def test_export_is_refused_in_one_sentence(run: tuple[Path, dict[str, Any]]) -> None:
-    from attar.deploy import export_run
-
-    with pytest.raises(AttarError, match="holds a network for segmentation, which attar cannot export yet"):
-        export_run(run[0], "onnx")

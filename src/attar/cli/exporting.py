@@ -137,7 +137,8 @@ def _show(report: dict[str, Any], folder: Path, console: Console) -> None:
 
     kind = f"{report['format']} int8" if report["int8"] else report["format"]
     accuracy, timings = report["accuracy"], _timings(report["latency"] or {})
-    table = Table("", "top-1", "agreement", "largest error", "size", *timings, **PLAIN_TABLE)
+    metric = {"top1": "top-1", "miou": "mIoU"}[accuracy["metric"]]
+    table = Table("", metric, "agreement", "largest error", "size", *timings, **PLAIN_TABLE)
     table.add_row("PyTorch", f"{accuracy['fp32']:.2%}")
     error = "" if report["int8"] else f"{report['parity']['relative_error']:.1e}"
     cells = (f"{accuracy['artefact']:.2%}", f"{accuracy['agreement']:.2%}", error, f"{count(report['size_bytes'])}B")
@@ -170,8 +171,10 @@ def loading(report: dict[str, Any], folder: Path) -> str:
     """Return the lines that load an export: without attar where the format has a Python of its own."""
     path = folder / report["file"]
     if report["format"] == "onnx":
-        alone = f"# or, without any code: python {folder / 'inference.py'} IMAGE"
-        return f'import onnxruntime\nsession = onnxruntime.InferenceSession("{path}")\n{alone}'
+        lines = f'import onnxruntime\nsession = onnxruntime.InferenceSession("{path}")'
+        script = folder / "inference.py"
+        alone = f"\n# or, without any code: python {script} IMAGE" if report["task"] == "classification" else ""
+        return lines + alone
     if report["format"] == "executorch":
         return (
             "from executorch.runtime import Runtime\n"

@@ -12,12 +12,14 @@ from numpy.typing import NDArray
 from torch import nn
 
 from attar.data import Source
+from attar.tasks import Task
+from attar.train.evaluate import make_task
 from attar.train.student import Student
 
 __all__ = ["Candidate", "Format", "Images", "Logits", "Runtime", "Settings"]
 
 Images = NDArray[np.float32]  # [N, 3, H, W], normalised as in training
-Logits = NDArray[np.float32]  # [N, K]
+Logits = NDArray[np.float32]  # [N, K], in dense tasks [N, K, H, W]
 
 # Answers images with logits: a loaded artefact in its own runtime, any number of images at a time.
 Runtime = Callable[[Images], Logits]
@@ -28,7 +30,8 @@ class Candidate:
     """A network that a run yields and that is to leave attar.
 
     Attributes:
-        network: in evaluation mode, float32, on the CPU, contiguous: images [N, 3, H, W] -> logits [N, K].
+        network: in evaluation mode, float32, on the CPU, contiguous: images [N, 3, H, W] -> logits [N, K], in dense
+            tasks [N, K, H, W]; nothing else, whatever else the student returns.
         student: whose classes, normalisation and image size it shares.
         source: the run's images: the training images calibrate, the test images measure.
         result: the run's `result.json`; empty for a network that comes from no run folder.
@@ -42,6 +45,11 @@ class Candidate:
     result: dict[str, Any]
     folder: Path
     deployable: str | None = None
+
+    @property
+    def task(self) -> Task:
+        """What its answers mean."""
+        return make_task(self.student.task, len(self.student.classes))
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from attar.data import Source
 from attar.deploy.artefact import Candidate
@@ -19,14 +19,24 @@ from attar.errors import AttarError
 from attar.method import Method
 from attar.methods import find
 from attar.spec import TrainSpec
-from attar.tasks import Classification
+from attar.tasks import Task
 from attar.train.build import build_methods, build_source
 from attar.train.checkpoint import Checkpoints
+from attar.train.evaluate import make_task
 from attar.train.files import read_json
 from attar.train.models import make_model
 from attar.train.student import Student, load_student
 
-__all__ = ["candidate_from", "chosen_deployable", "crop_of", "first_line", "load_candidate", "try_size"]
+__all__ = [
+    "LogitsAlone",
+    "candidate_from",
+    "chosen_deployable",
+    "crop_of",
+    "first_line",
+    "load_candidate",
+    "logits_alone",
+    "try_size",
+]
 
 # What methods call their other branches.
 _BRANCHES = ("branch", "peer", "student")
@@ -57,9 +67,10 @@ def load_candidate(
     result = read_json(home / "result.json")
     spec = TrainSpec.load(home / "spec.json")
     student = _student(home)
+    task = make_task(student.task, len(student.classes))
     size = image_size or student.image_size
     # A network of another kind is asked again; this saves opening the data for a size that cannot be.
-    try_size(student.network, size, len(student.classes))
+    try_size(student.network, size, task)
     # The images that the run trained on, no more: they calibrate, and teach int8.
     source = build_source(spec.model_copy(update={"data": data or spec.data, "image_size": size}))
     if source.classes != student.classes:
@@ -69,12 +80,12 @@ def load_candidate(
         )
     network, name = student.network, None
     if deployable is not None:
-        distiller = _trained_distiller(home, spec, student, source)
+        distiller = _trained_distiller(home, spec, student, source, task)
         name = chosen_deployable(deployable, distiller.deployables(), str(home))
         network = distiller.strip(name, prove_export=False)
-        try_size(network, size, len(student.classes))
+        try_size(network, size, task)
     student = dataclasses.replace(student, image_size=size)
-    return Candidate(_plain(network), student, source, result, home, name)
+    return Candidate(_plain(network, task), student, source, result, home, name)
 
 
 def candidate_from(
@@ -108,15 +119,16 @@ def candidate_from(
         normalization = normalization or distiller.normalization
         if deployable is not None:
             name = chosen_deployable(deployable, distiller.deployables(), "the distiller")
-        plain = distiller.student
+        plain, task = distiller.student, distiller.task
         stripped = distiller.strip(name, prove_export=False)
         kept = distiller.kept
     else:
         if deployable is not None:
             raise AttarError(f"Only a distiller yields '{deployable}': give the distiller instead of a network.")
         plain, stripped, kept = network, copy.deepcopy(network), None
+        task = make_task(source.task, source.num_classes)
     mean, std = normalization or (source.mean, source.std)
-    try_size(stripped.cpu().eval(), source.image_size, source.num_classes)
+    try_size(stripped.cpu().eval(), source.image_size, task)
     written = getattr(plain, "pretrained_cfg", None) or {}
     student = Student(
         stripped,
@@ -127,34 +139,40 @@ def candidate_from(
         tuple(std),
         source.image_size,
         kept,
+        task.name,
     )
-    return Candidate(_plain(stripped), student, source, {}, Path(folder), name)
+    return Candidate(_plain(stripped, task), student, source, {}, Path(folder), name)
 
 
 def crop_of(source: Source) -> float:
-    """Return the share of the image's side that evaluation looks at: large images are resized somewhat larger."""
-    return 1.0 if source.test.pixels is not None else 0.875
+    """Return the share of the image's side that evaluation looks at: large photos are resized somewhat larger."""
+    return 1.0 if source.test.pixels is not None or source.task == "segmentation" else 0.875
 
 
-def try_size(network: nn.Module, size: tuple[int, int], classes: int) -> None:
-    """Refuse an image size (H, W) that a network does not answer with finite logits [N, K]."""
+def try_size(network: nn.Module, size: tuple[int, int], task: Task) -> None:
+    """Refuse an image size (H, W) that a network does not answer as the task asks, with finite logits."""
     height, width = size
     said = None
     if min(size) < 1:
         raise AttarError(f"The image size must be at least 1 pixel a side, not {height} x {width}.")
     try:
         with torch.no_grad():
-            logits = network(torch.zeros(1, 3, height, width))
-        if not isinstance(logits, torch.Tensor) or tuple(logits.shape) != (1, classes):
-            said = "it does not answer with one logit for every class"
-        elif not bool(logits.isfinite().all()):
-            said = "its logits are not finite"
+            output = network(torch.zeros(1, 3, height, width))
+        said = _unfit(output, size, task)
     except Exception as error:  # networks raise many kinds
         said = first_line(error)
     if said is not None:
         raise AttarError(
             f"The network refuses images of {height} x {width} ({said}): leave out --image-size, or give one it takes."
         )
+
+
+def _unfit(output: object, size: tuple[int, int], task: Task) -> str | None:
+    try:
+        task.check_logits(output, size=size)
+    except AttarError:
+        return f"it does not answer with one logit for every class{' and pixel' if task.dense else ''}"
+    return None if bool(task.logits(output).isfinite().all()) else "its logits are not finite"
 
 
 def first_line(error: BaseException) -> str:
@@ -194,22 +212,16 @@ def _home(folder: Path) -> Path:
 
 def _student(home: Path) -> Student:
     try:
-        student = load_student(home)
+        return load_student(home)
     except AttarError:
         raise
     except Exception as error:  # a config.json with parts missing or of the wrong kind
         raise AttarError(
             f"'{home / 'student'}' is damaged ({type(error).__name__}: {first_line(error)}): train the run again."
         ) from error
-    if student.task != "classification":
-        raise AttarError(
-            f"'{home}' holds a network for {student.task}, which attar cannot export yet: load it with "
-            "attar.train.load_student and export it with torch.onnx."
-        )
-    return student
 
 
-def _trained_distiller(home: Path, spec: TrainSpec, student: Student, source: Source) -> Distiller:
+def _trained_distiller(home: Path, spec: TrainSpec, student: Student, source: Source, task: Task) -> Distiller:
     """Build the methods that yield more than the plain student as `Run.prepare` does, and load what they have learnt.
 
     The others are left out, and so are their teachers. The student's first weights are no matter here.
@@ -217,11 +229,11 @@ def _trained_distiller(home: Path, spec: TrainSpec, student: Student, source: So
     best = Checkpoints(home / "checkpoints").load_best()
     yielding = tuple(m for m in spec.methods if find(m.name).deployables is not Method.deployables)
     methods = build_methods(spec.model_copy(update={"methods": yielding}), len(student.classes))
-    network = make_model(spec.model, len(student.classes), spec.model_options)
+    network = make_model(spec.model, len(student.classes), spec.model_options, task=task.name)
     distiller = Distiller(
         network,
         methods,
-        Classification(len(student.classes)),
+        task,
         normalization=(student.mean, student.std),
         stages=spec.stages,
     )
@@ -239,7 +251,26 @@ def _trained_distiller(home: Path, spec: TrainSpec, student: Student, source: So
     return distiller
 
 
-def _plain(network: nn.Module) -> nn.Module:
-    """On the CPU, float32, contiguous, in evaluation mode."""
+class LogitsAlone(nn.Module):
+    """A network that returns nothing but its logits, whatever else it has to say."""
+
+    def __init__(self, network: nn.Module, task: Task) -> None:
+        super().__init__()
+        self.network, self._task = network, task
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Return the logits."""
+        return self._task.logits(self.network(images))
+
+
+def logits_alone(student: Student) -> nn.Module:
+    """Return a student's network as one that answers with its logits and nothing else."""
+    task = make_task(student.task, len(student.classes))
+    return LogitsAlone(student.network, task) if task.dense else student.network
+
+
+def _plain(network: nn.Module, task: Task) -> nn.Module:
+    """On the CPU, float32, contiguous, in evaluation mode, with one answer."""
+    network = LogitsAlone(network, task) if task.dense else network
     network = network.to("cpu", torch.float32, memory_format=torch.contiguous_format)  # type: ignore[call-overload]
     return network.eval().requires_grad_(False)

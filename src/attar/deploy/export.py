@@ -24,7 +24,7 @@ from attar.deploy.aside import refuse_present, written_aside
 from attar.deploy.candidate import crop_of, load_candidate
 from attar.deploy.card import write_card, write_inference
 from attar.deploy.formats import find_format
-from attar.deploy.gate import gate, refuse_drop
+from attar.deploy.gate import gate, refuse_drop, refuse_miou_drop
 from attar.deploy.latency import measure_latency, measure_memory
 from attar.deploy.onnx import ONNX, annotate
 from attar.deploy.packaged import package
@@ -33,6 +33,7 @@ from attar.deploy.report import Accuracy, Int8, Report, metadata
 from attar.deploy.running import PIXELS, as_pixels, load_images, measure_runtime, some_of
 from attar.errors import AttarError
 from attar.train.files import read_json, storage_errors, write_json
+from attar.train.segmentation import PixelPredictions
 
 __all__ = ["Exported", "Progress", "export_run", "load_export"]
 
@@ -40,6 +41,7 @@ __all__ = ["Exported", "Progress", "export_run", "load_export"]
 Progress = Callable[[str, float | None], None]
 
 _GATED = 256  # real images at the gate
+_GATED_LOGITS = 1 << 24  # of dense networks at the gate: every pixel answers
 _JUDGED = 2000  # hold-out images that tell what quantising a layer costs
 _LEAST_AGREEMENT = 0.8
 _PACKAGES = {
@@ -130,6 +132,9 @@ def export_run(
             f"Format torch holds the plain student, and {candidate.deployable} is none: export it to onnx, executorch "
             "or openvino."
         )
+    if candidate.task.dense and (packaged or qat is not None):
+        option = "--packaged" if packaged else "--qat"
+        raise AttarError(f"Option {option} is for classification: leave it out for segmentation.")
     folder = Path(out) if out is not None else candidate.folder / "export" / _name(kind, int8, packaged, candidate)
     refuse_present(folder, overwrite)
     options: dict[str, Any] = {"crop": crop_of(candidate.source)} if kind.name == "torch" else {}
@@ -223,7 +228,7 @@ class _Export:
 
     def run(self) -> None:
         """Fill the folder."""
-        gated = some_of(self.candidate.source.test, _GATED)
+        gated = some_of(self.candidate.source.test, self._gated())
         images = load_images(gated, self.normalization)
         if self.qat is not None:
             from attar.deploy.qat import quantization_aware
@@ -246,6 +251,12 @@ class _Export:
         report["sha256"] = hashlib.sha256(self.path.read_bytes()).hexdigest()
         self._latency(report)
         self._accompany(report)
+
+    def _gated(self) -> int:
+        if not self.candidate.task.dense:
+            return _GATED
+        height, width = self.settings.image_size
+        return max(1, min(_GATED, _GATED_LOGITS // (self.candidate.source.num_classes * height * width)))
 
     def _write(self, images: Images) -> tuple[dict[str, Any], dict[str, Any]]:
         """Write the artefact; for int8 its float32 twin first, which must pass the gate."""
@@ -296,11 +307,11 @@ class _Export:
         source = self.candidate.source
         split = source.holdout if len(source.holdout) else source.train
         runtime = self.kind.load(path, torch.get_num_threads())
-        return measure_runtime(runtime, some_of(split, _JUDGED), self.normalization, source.num_classes)[0].top1
+        return measure_runtime(runtime, some_of(split, _JUDGED), self.normalization, self.candidate.task).metrics.score
 
     def _measured(self) -> tuple[Any, Any, float]:
         """Return the metrics of the network and of the artefact on all test images, and how often they agree."""
-        split, classes = self.candidate.source.test, self.candidate.source.num_classes
+        split, task = self.candidate.source.test, self.candidate.task
         # As attar evaluate runs it: the same numbers to the last bit.
         network = copy.deepcopy(self.candidate.network).to(memory_format=torch.channels_last)
 
@@ -309,21 +320,25 @@ class _Export:
             logits: NDArray[np.float32] = network(tensor).numpy()
             return logits
 
-        one, expected = measure_runtime(
-            answer, split, self.normalization, classes, told=self._count("accuracy of the network", len(split))
+        one = measure_runtime(
+            answer, split, self.normalization, task, told=self._count("accuracy of the network", len(split))
         )
-        other, answers = measure_runtime(
+        other = measure_runtime(
             self.kind.load(self.path, torch.get_num_threads()),
             split,
             self.normalization,
-            classes,
+            task,
             packaged=self.packaged,
             told=self._count("accuracy of the artefact", len(split)),
         )
         if self.settings.int8:
-            right, meant = (p.predicted == split.targets for p in (answers, expected))
-            refuse_drop(right, meant, self.settings.most_drop, name=self.called)
-        return one, other, float((answers.predicted == expected.predicted).mean())
+            bound, meant, answered = self.settings.most_drop, one.predictions, other.predictions
+            if isinstance(meant, PixelPredictions) and isinstance(answered, PixelPredictions):
+                refuse_miou_drop(answered, meant, bound, name=self.called)
+            else:
+                right, expected = (measured.found == split.targets for measured in (other, one))
+                refuse_drop(right, expected, bound, name=self.called)
+        return one.metrics, other.metrics, float((other.found == one.found).mean())
 
     def _count(self, said: str, images: int) -> Callable[[int], None]:
         done = 0
@@ -346,7 +361,7 @@ class _Export:
             int8 = Int8(
                 left_in_float32=left,
                 calibration_images=written["calibration_images"],
-                drop=one.top1 - other.top1,
+                drop=one.score - other.score,
                 trained=self.qat is not None,
                 # Hold-out images may be few, and say too much or too little: whether it is handed out is for all test
                 # images to say, by their errors (`refuse_drop`). What the hold-out images said is told.
@@ -359,6 +374,7 @@ class _Export:
             file=self.kind.file,
             size_bytes=size,
             sha256="",
+            task=student.task,
             model=student.model,
             parameters=sum(parameter.numel() for parameter in candidate.network.parameters()),
             deployable=candidate.deployable,
@@ -374,8 +390,9 @@ class _Export:
             opset=written.get("opset"),
             parity=parity,  # type: ignore[typeddict-item]
             accuracy=Accuracy(
-                fp32=one.top1,
-                artefact=other.top1,
+                metric=one.primary,
+                fp32=one.score,
+                artefact=other.score,
                 agreement=agreement,
                 images=other.images,
                 calibration_error=other.calibration_error,
@@ -397,7 +414,7 @@ class _Export:
         with storage_errors(self.folder):
             write_json(self.folder / "export.json", report)
             write_card(self.folder, report)
-            if isinstance(self.kind, ONNX):
+            if isinstance(self.kind, ONNX) and not self.candidate.task.dense:
                 write_inference(self.folder)
 
 

@@ -16,8 +16,9 @@ from torch import nn
 
 from attar.deploy.artefact import Images, Logits
 from attar.errors import AttarError
+from attar.train.segmentation import PixelPredictions
 
-__all__ = ["Parity", "gate", "refuse_drop", "rounding_error"]
+__all__ = ["Parity", "gate", "refuse_drop", "refuse_miou_drop", "rounding_error"]
 
 # An artefact sums in another order than PyTorch does. What that may change is measured on the network itself: its
 # float32 logits against its float64 ones. On a ResNet-20 of CIFAR-10 that is 2e-7, an ONNX artefact is off by 5e-7, and
@@ -42,8 +43,8 @@ class Parity:
         relative_error: `max_error / largest_logit`.
         tolerance: what `relative_error` may be; None where only agreement is asked for.
         rounding: relative difference of the network's own float32 and float64 logits; None where it has no float64.
-        agreement: share of images that both name alike, in 0..1.
-        ties: images named otherwise because their two best logits are nearer than rounding can tell.
+        agreement: share of images (in dense tasks: of pixels) that both name alike, in 0..1.
+        ties: those named otherwise because their two best logits are nearer than rounding can tell.
         batch_sizes: images at a time that were tried.
     """
 
@@ -79,14 +80,14 @@ def gate(
     Definition: with logits z of the network and z' of the artefact, `max |z' - z| / max |z|` must stay within 20 times
     the network's own rounding error, `max |z_float32 - z_float64| / max |z|`, but at least 3e-6 and at most 1e-3 (1e-4
     for networks that float64 does not run): room for another order of summation, and for hardly any fault. Both must
-    name the same class for every image, except where the network's two best logits are nearer than twice the
+    name the same class for every image (or pixel), except where the network's two best logits are nearer than twice the
     tolerance, which either may then swap.
 
     An int8 artefact differs from the network by design, so that errors of its logits prove nothing: only agreement is
     bounded here, and accuracy by `refuse_drop`. Its float32 twin passes the gate before it.
 
     Args:
-        network: in evaluation mode on the CPU: images [N, 3, H, W] -> logits [N, K].
+        network: in evaluation mode on the CPU: images [N, 3, H, W] -> logits [N, K], in dense tasks [N, K, H, W].
         runtime: of the artefact, any number of images at a time.
         images: real images, normalised as in training.
         shown: the same images as the artefact takes them; default: `images`.
@@ -109,8 +110,9 @@ def gate(
     for size in batch_sizes:
         count = len(images) if size == batch_sizes[-1] else min(len(images), 8 * size)
         answers = _in_batches(runtime, shown[:count], size)
-        if answers.shape != (count, expected.shape[1]):
-            raise _refusal(name, f"it answers {list(answers.shape)} to {count} images, not [{count}, K]", size)
+        if answers.shape != (count, *expected.shape[1:]):
+            wanted = [count, *expected.shape[1:]]
+            raise _refusal(name, f"it answers {list(answers.shape)} to {count} images, not {wanted}", size)
         if probabilities:
             answers = np.log(np.maximum(answers, _SMALLEST))
         if not np.isfinite(answers).all():
@@ -140,7 +142,8 @@ def gate(
         ties=int(ties.sum()),
         batch_sizes=tuple(batch_sizes),
     )
-    _judge(parity, least_agreement, int((~same & ~ties).sum()), name)
+    what = f"{len(images)} images" if same.ndim == 1 else f"{same.size} pixels"
+    _judge(parity, least_agreement, int((~same & ~ties).sum()), what, name)
     return parity
 
 
@@ -183,12 +186,51 @@ def refuse_drop(
     return drop
 
 
-def _judge(parity: Parity, least_agreement: float | None, differ: int, name: str) -> None:
+def refuse_miou_drop(
+    answers: PixelPredictions, expected: PixelPredictions, most_drop: float, *, name: str = "artefact"
+) -> float:
+    """Return the mean IoU that an artefact loses, and refuse it where that is more than the bound.
+
+    Definition: the drop D is the network's mean IoU less the artefact's over all N images; its standard error is the
+    jackknife's, `sqrt((N - 1) / N sum_n (D_n - mean D_n)^2)` with D_n that of all images but the n-th. It is refused
+    when D exceeds the bound by more than two of them.
+
+    Args:
+        answers: of the artefact.
+        expected: of the network, for the same images.
+        most_drop: the bound, in 0..1.
+        name: what the artefact is called in the sentence.
+
+    Raises:
+        AttarError: it loses more.
+    """
+    drop = float(_miou(expected, None) - _miou(answers, None))
+    images = len(answers.common)
+    without = np.array([_miou(expected, n) - _miou(answers, n) for n in range(images)])
+    error = float(np.sqrt((images - 1) / images * ((without - without.mean()) ** 2).sum()))
+    if drop - 2 * error > most_drop:
+        raise AttarError(
+            f"The {name} loses {100 * drop:.1f} points of mean IoU, and {100 * most_drop:.1f} are allowed: allow more "
+            "with --most-drop, or export it in float32."
+        )
+    return drop
+
+
+def _miou(answers: PixelPredictions, left_out: int | None) -> float:
+    common, labelled, found = (
+        counts.sum(axis=0) - (counts[left_out] if left_out is not None else 0)
+        for counts in (answers.common, answers.labelled, answers.found)
+    )
+    union = labelled + found - common
+    return float((common[union > 0] / union[union > 0]).mean()) if union.any() else 0.0
+
+
+def _judge(parity: Parity, least_agreement: float | None, differ: int, what: str, name: str) -> None:
     if least_agreement is not None:
         if parity.agreement < least_agreement:
             raise _refusal(
                 name,
-                f"it agrees with the float32 network on {parity.agreement:.1%} of {parity.images} images, "
+                f"it agrees with the float32 network on {parity.agreement:.1%} of {what}, "
                 f"and {least_agreement:.0%} are asked for",
             )
         return
@@ -200,7 +242,7 @@ def _judge(parity: Parity, least_agreement: float | None, differ: int, name: str
             "rounding",
         )
     if differ:
-        raise _refusal(name, f"it names {differ} of {parity.images} images otherwise")
+        raise _refusal(name, f"it names {differ} of {what} otherwise")
 
 
 def _refusal(name: str, reason: str, size: int | None = None) -> AttarError:

@@ -35,13 +35,15 @@ class Accuracy(TypedDict):
     """What the artefact does on test images; shares in 0..1.
 
     Attributes:
-        fp32: top-1 of the network in PyTorch.
-        artefact: top-1 of the artefact in its own runtime.
-        agreement: share of images that both name the same class.
+        metric: `top1`, or `miou` (mean intersection over union) in segmentation.
+        fp32: that of the network in PyTorch.
+        artefact: that of the artefact in its own runtime.
+        agreement: share of images (in segmentation: of pixels) that both name the same class.
         images: how many.
         calibration_error: of the artefact, over 15 equal bins of confidence.
     """
 
+    metric: str
     fp32: float
     artefact: float
     agreement: float
@@ -100,6 +102,7 @@ class Report(TypedDict):
         file: name of the artefact inside the export's folder.
         size_bytes: of the artefact, its weights in a second file included.
         sha256: of `file`, in hexadecimal digits.
+        task: `classification` or `segmentation`.
         model: the name that made the student.
         parameters: numbers that the network learnt.
         deployable: None for the plain student, else its name ("BYOT.exit1").
@@ -127,6 +130,7 @@ class Report(TypedDict):
     file: str
     size_bytes: int
     sha256: str
+    task: str
     model: str
     parameters: int
     deployable: str | None

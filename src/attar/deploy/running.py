@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -13,11 +13,13 @@ from torch import Tensor, nn
 
 from attar.data import EvalLoader, Normalization, Split
 from attar.deploy.artefact import Logits
+from attar.tasks import Task
 from attar.train.distributed import Ranks
-from attar.train.evaluate import Metrics, measure_classes
+from attar.train.evaluate import Metrics, measure
 from attar.train.predictions import Predictions
+from attar.train.segmentation import PixelPredictions, SegmentationMetrics
 
-__all__ = ["PIXELS", "load_images", "measure_runtime", "some_of"]
+__all__ = ["PIXELS", "Measured", "load_images", "measure_runtime", "some_of"]
 
 # A normalisation that leaves pixels what they are: x * 1 + 0.
 PIXELS = Normalization((0.0, 0.0, 0.0), (1 / 255, 1 / 255, 1 / 255))
@@ -33,38 +35,57 @@ class _Running(nn.Module):
     ) -> None:
         super().__init__()
         self._answer, self._packaged, self._told = answer, packaged, told
+        self.found: list[NDArray[np.uint8 | np.int64]] = []
 
     def forward(self, images: Tensor) -> Tensor:
         shown = images.numpy()
         answer = torch.from_numpy(np.array(self._answer(as_pixels(shown) if self._packaged else shown)))
         if self._told is not None:
             self._told(len(images))
+        named = answer.argmax(dim=1)
+        # One byte a pixel: all test images' classes are kept.
+        self.found.append((named.to(torch.uint8) if named.ndim > 1 else named).numpy())
         # Logarithms of probabilities are logits with the same softmax.
         return answer.clamp_min(_SMALLEST).log() if self._packaged else answer
+
+
+class Measured(NamedTuple):
+    """What a runtime does on the images of a split.
+
+    Attributes:
+        metrics: over all of them.
+        predictions: for every single one.
+        found: the classes it names, [N], in dense tasks [N, H, W] uint8.
+    """
+
+    metrics: Metrics | SegmentationMetrics
+    predictions: Predictions | PixelPredictions
+    found: NDArray[Any]
 
 
 def measure_runtime(
     answer: Callable[[NDArray[Any]], Logits],
     split: Split,
     normalization: Normalization,
-    num_classes: int,
+    task: Task,
     *,
     packaged: bool = False,
     told: Callable[[int], None] | None = None,
-) -> tuple[Metrics, Predictions]:
+) -> Measured:
     """Measure an artefact exactly as `attar evaluate` measures a network, on the CPU.
 
     Args:
         answer: the loaded artefact (or anything else that answers arrays of images).
         split: the images.
         normalization: of the network's images.
-        num_classes: K.
+        task: what the answers mean.
         packaged: the artefact takes uint8 [N, H, W, 3] and gives probabilities.
         told: is called with how many images have been answered, batch by batch.
     """
     running = _Running(answer, packaged, told)
     ranks = Ranks(0, 1, torch.device("cpu"))
-    return measure_classes(running, split, PIXELS if packaged else normalization, num_classes, ranks)
+    metrics, predictions = measure(running, split, PIXELS if packaged else normalization, task, ranks=ranks)
+    return Measured(metrics, predictions, np.concatenate(running.found))
 
 
 def as_pixels(images: NDArray[np.float32]) -> NDArray[np.uint8]:

@@ -14,9 +14,9 @@ from numpy.typing import NDArray
 from torch import nn
 
 from attar.deploy.artefact import Images, Runtime, Settings
-from attar.deploy.candidate import first_line
+from attar.deploy.candidate import LogitsAlone, first_line, logits_alone
 from attar.errors import AttarError
-from attar.train.student import load_student, save_student
+from attar.train.student import Student, load_student, save_student
 
 __all__ = ["Torch"]
 
@@ -41,12 +41,13 @@ class Torch:
             raise AttarError("Format torch holds float32 weights: export int8 to onnx, executorch or openvino.")
         if settings.student is None:
             raise TypeError("Settings.student is what the config is made of.")
-        student = dataclasses.replace(settings.student, network=network, image_size=settings.image_size)
+        plain = network.network if isinstance(network, LogitsAlone) else network
+        student = dataclasses.replace(settings.student, network=plain, image_size=settings.image_size)
         # Saved beside and moved, since a folder that exists already is to hold more than the student.
         inside = path.with_name(f".{path.name}.folder")
         try:
             save_student(inside, student, crop=settings.options.get("crop", 1.0))
-            loaded_by = _prove(inside, network, settings.image_size)
+            loaded_by = _prove(inside, student)
             for file in inside.iterdir():
                 file.rename(path.with_name(file.name))
         finally:
@@ -59,7 +60,7 @@ class Torch:
         Raises:
             AttarError: as `load_student`.
         """
-        network = load_student(path.parent).network
+        network = logits_alone(load_student(path.parent))
 
         def answer(images: NDArray[Any]) -> NDArray[np.float32]:
             before = torch.get_num_threads()
@@ -74,9 +75,10 @@ class Torch:
         return answer
 
 
-def _prove(folder: Path, network: nn.Module, size: tuple[int, int]) -> list[str]:
+def _prove(folder: Path, saved: Student) -> list[str]:
     """Load the folder as its users do, demand the same logits, and return the ways that work."""
-    images = torch.rand(2, 3, *size, generator=torch.Generator().manual_seed(0))
+    network = saved.network
+    images = torch.rand(2, 3, *saved.image_size, generator=torch.Generator().manual_seed(0))
     try:
         student = load_student(folder)
     except AttarError as error:
@@ -93,8 +95,8 @@ def _prove(folder: Path, network: nn.Module, size: tuple[int, int]) -> list[str]
                 f"timm cannot load the saved student ({first_line(error)}): use another format."
             ) from error
     with torch.no_grad():
-        expected = network(images)
+        expected = logits_alone(saved)(images)
         for way, loaded in ways.items():
-            if not torch.equal(loaded(images), expected):
+            if not torch.equal(logits_alone(dataclasses.replace(saved, network=loaded))(images), expected):
                 raise AttarError(f"The student that {way} loads does not give the same logits: it is not handed out.")
     return list(ways)
