@@ -8,9 +8,12 @@ from dataclasses import replace
 import numpy as np
 
 from attar.compare.analysis import Analysis, Attached, Column, EntryAnalysis, Failure
+from attar.compare.columns import DENSE_COLUMNS
+from attar.compare.masks import Masks
+from attar.compare.primary import SEGMENTATION
 from attar.compare.statistics import Contrast, Summary, contrasts, summary, verdict
 
-__all__ = ["COLUMNS", "TEN", "sample", "several", "two_entries"]
+__all__ = ["COLUMNS", "TEN", "dense_sample", "sample", "several", "two_entries"]
 
 TEN = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
 COLUMNS = (
@@ -210,3 +213,59 @@ def several(count: int) -> Analysis:
         for i in range(2, count + 2)
     ]
     return sample(methods, seeds=(0, 1, 2), broken=methods[-1][0], failed=(methods[3][0], 1))
+
+
+def dense_sample(
+    classes: Sequence[str] = ("sky", "road", "tree", "car", "pole"),
+    *,
+    methods: int = 3,
+    size: tuple[int, int] = (180, 240),
+    images: int = 4,
+) -> Analysis:
+    """Return a comparison of segmentation: bands of classes with a void disc; the last class occurs nowhere."""
+    rng = np.random.default_rng(5)
+    labels = [("ONE", 0.02, 1.5), ("SCD", 0.0, 1.2), ("FRSKD(stack=3)+SCD", 0.03, 2.5), ("AT", 0.01, 1.1)]
+    labels += [(f"KD(temperature={i})", 0.001 * i, 1.4) for i in range(4, methods + 1)]
+    base = sample(labels[:methods], seeds=(0, 1, 2), classes=classes, broken=None, failed=("SCD", 0), epochs=12)
+    height, width = size
+    rows, columns = np.mgrid[:height, :width]
+    truth = np.empty((images, height, width), np.uint8)
+    for i in range(images):
+        wave = rows + 0.1 * height * np.sin(columns / width * 6 + i)
+        truth[i] = np.clip(wave / height * (len(classes) - 1), 0, len(classes) - 2)
+        truth[i][(rows - height / 3) ** 2 + (columns - width / 2) ** 2 < (height / 8) ** 2] = 255
+    photos = np.repeat((truth[..., None] * 37 % 200 + 30), 3, axis=-1) * np.array([1.0, 0.8, 0.6])
+    photos = np.clip(photos + rng.normal(0, 12, photos.shape), 0, 255).astype(np.uint8)
+    positions = np.arange(images) * 7
+    entries = []
+    for entry in base.entries:
+        share = entry.per_class * np.linspace(1.0, 0.4, len(classes))
+        shares = np.clip(share + rng.normal(0, 0.01, (len(entry.seeds), len(classes))), 0, 1)
+        shares[:, -1] = np.nan
+        found = np.where(truth == 255, 0, truth).astype(np.uint8)
+        wrong = np.repeat(np.repeat(rng.random((images, height // 12, width // 12)) < 0.1, 12, axis=1), 12, axis=2)
+        part = found[:, : wrong.shape[1], : wrong.shape[2]]
+        part[wrong] = rng.integers(0, len(classes) - 1, int(wrong.sum()))
+        figures = {"miou" if key == "top1" else key: one for key, one in entry.figures.items()}
+        figures["pixel_accuracy"] = entry.figures["top1"]
+        entries.append(
+            replace(
+                entry,
+                figures=figures,
+                confusion=np.zeros((0, 0)),
+                per_class=shares.mean(axis=0),
+                class_iou=shares,
+                masks=Masks(positions, photos, truth, found),
+                masks_seed=entry.seeds[0],
+                verdict=entry.verdict.replace("top-1", "mIoU"),
+            )
+        )
+    shown = {key for entry in entries for key in entry.figures}
+    return replace(
+        base,
+        model="lraspp_mobilenet_v3_large",
+        data="camvid",
+        columns=tuple(column for column in DENSE_COLUMNS if column.key in shown),
+        entries=tuple(entries),
+        primary=SEGMENTATION,
+    )

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 from attar.compare.report import write_report
-from compare.samples import TEN, sample, several, two_entries
+from compare.samples import TEN, dense_sample, sample, several, two_entries
 
 playwright = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
@@ -197,13 +197,15 @@ def test_without_scripts_all_but_sorting_and_the_toggle_is_there(browser: Any, r
 
 
 @pytest.mark.parametrize("width", [390, 1440])
-@pytest.mark.parametrize("name", ["two", "many", "classes", "awkward"])
+@pytest.mark.parametrize("name", ["two", "many", "classes", "awkward", "dense", "dense many"])
 def test_other_comparisons_fit_too(browser: Any, tmp_path: Path, shots: Path, name: str, width: int) -> None:
     analysis = {
         "two": two_entries,
         "many": lambda: several(23),
         "classes": lambda: sample(classes=[f"class {i}" for i in range(200)]),
         "awkward": lambda: replace(sample([("x" * 90, 0.01, 2.0), ("</script><i>", 0.0, 1.0)]), classes=AWKWARD),
+        "dense": lambda: dense_sample(AWKWARD[:5]),
+        "dense many": lambda: dense_sample([f"class {i}" for i in range(40)], methods=14, size=(60, 80)),
     }[name]()
     assert len(AWKWARD) == len(TEN)
     file = write_report(analysis, tmp_path)["report.html"]
@@ -213,3 +215,42 @@ def test_other_comparisons_fit_too(browser: Any, tmp_path: Path, shots: Path, na
         assert opened.page.locator("b, i").count() == 0
         assert opened.complaints == []
         opened.page.screenshot(path=shots / f"{name}-{width}.png", full_page=True)
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+@pytest.mark.parametrize("width", [390, 1440])
+def test_masks_are_seen_in_both_themes(browser: Any, tmp_path: Path, shots: Path, width: int, scheme: str) -> None:
+    analysis = dense_sample()
+    file = write_report(analysis, tmp_path)["report.html"]
+    with Opened(browser, file, viewport={"width": width, "height": 900}, color_scheme=scheme) as opened:
+        page = opened.page
+        drawn = page.evaluate("[...document.images].map(i => [i.complete, i.naturalWidth, i.naturalHeight, i.alt])")
+        assert len(drawn) == 4 * (2 + len(analysis.entries))
+        assert all(done and (across, down) == (240, 180) and alt for done, across, down, alt in drawn)
+        shown = page.evaluate("[...document.images].map(i => i.getBoundingClientRect()).map(b => [b.width, b.height])")
+        assert all(abs(down / across - 0.75) < 0.01 and 100 < across < width for across, down in shown)
+        # Images of one row stand in line, whatever their captions.
+        tops = page.evaluate("[...document.querySelector('.strip').children].map(f => f.getBoundingClientRect().top)")
+        assert len(set(tops[: 2 if width == 390 else 7])) == 1
+        hatched = page.locator("img.mask").first.evaluate("e => getComputedStyle(e).backgroundImage")
+        assert hatched.startswith("repeating-linear-gradient")
+        bars = page.locator("#iou tbody tr:first-child .bar")
+        assert bars.count() == (len(analysis.classes) - 1) * len(analysis.entries)
+        lengths = bars.evaluate_all("all => all.map(e => e.getBoundingClientRect().width)")
+        assert len(set(lengths)) == 1
+        assert [each for each in page.evaluate(COLOURS) if contrast(each[0], each[1]) < 4.5] == []
+        assert opened.complaints == []
+        assert [url for url in opened.requests if not url.startswith("data:")] == [file.as_uri()]
+        page.screenshot(path=shots / f"dense-{width}-{scheme}.png", full_page=True)
+
+
+def test_masks_on_paper(browser: Any, tmp_path: Path, shots: Path) -> None:
+    file = write_report(dense_sample(methods=14), tmp_path)["report.html"]
+    with Opened(browser, file, color_scheme="dark", viewport={"width": 718, "height": 1000}) as opened:
+        page = opened.page
+        page.emulate_media(media="print", color_scheme="dark")
+        assert page.evaluate("[...document.images].filter(i => !i.checkVisibility()).length") == 0
+        assert page.locator("img.mask").first.evaluate("e => getComputedStyle(e).printColorAdjust") == "exact"
+        page.screenshot(path=shots / "dense-print.png", full_page=True)
+        page.pdf(path=shots / "dense.pdf", prefer_css_page_size=True)
+        assert opened.complaints == []

@@ -45,7 +45,8 @@ _COMPARED: tuple[tuple[str, dict[str, Any], str], ...] = (
     (
         "--int8",
         {"action": "store_true"},
-        "also export every student to int8 ONNX, measure it there, and compare the ranges of activations (ranges.md)",
+        "also export every student to int8 ONNX, measure it there, and compare the ranges of activations (ranges.md); "
+        "classification only",
     ),
     ("--out", {"metavar": "FOLDER"}, "folder of the comparison; default: runs/compare-MODEL-DATA-..."),
 )

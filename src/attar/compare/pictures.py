@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import numpy as np
 from PIL import Image
 
-from attar.compare.analysis import Analysis, EntryAnalysis
+from attar.compare.analysis import Analysis
 from attar.compare.masks import Masks
 from attar.data import VOID
 from attar.data.images import Pixels
@@ -95,12 +95,17 @@ def examples(analysis: Analysis) -> Examples | None:
     same = [(entry, masks) for entry, masks in kept if _same(masks, first)]
     labels = np.unique(np.concatenate([first.truth.ravel(), *(masks.found.ravel() for _, masks in same)]))
     known = [int(label) for label in labels if label < len(analysis.classes)]
+    seeds = tuple(sorted({entry.masks_seed for entry, _ in same if entry.masks_seed is not None}))
+    # Whose first seed failed is seen by another one, which is then said.
+    answers = [
+        (entry.label, f", seed {entry.masks_seed}" if len(seeds) > 1 else "", masks.found) for entry, masks in same
+    ]
     number = analysis.images.get("test", 0)
     return Examples(
-        tuple(_example(i, first, same, analysis.classes, number) for i in range(len(first.positions))),
+        tuple(_example(i, first, answers, analysis.classes, number) for i in range(len(first.positions))),
         tuple((f"#{color(label)}", analysis.classes[label]) for label in known),
         bool((first.truth == VOID).any()),
-        tuple(sorted({entry.masks_seed for entry, _ in same if entry.masks_seed is not None})),
+        seeds,
     )
 
 
@@ -109,7 +114,7 @@ def _same(masks: Masks, other: Masks) -> bool:
 
 
 def _example(
-    i: int, first: Masks, answers: Sequence[tuple[EntryAnalysis, Masks]], classes: Sequence[str], number: int
+    i: int, first: Masks, answers: Sequence[tuple[str, str, Pixels]], classes: Sequence[str], number: int
 ) -> Example:
     place = f"test image {int(first.positions[i]) + 1}" + (f" of {number:,}" if number else "")
     truth = first.truth[i]
@@ -125,11 +130,11 @@ def _example(
             "mask",
         ),
     ]
-    for entry, masks in answers:
-        found = masks.found[i]
-        right = f"{100 * float((found == truth)[valid].mean()):.1f} % right" if valid.any() else ""
-        told = f"Classes that {entry.label} finds in {place}: {_largest(found.ravel(), classes)}"
-        pictures.append(_picture(entry.label, right, told, _mask(found), "mask"))
+    for label, seed, whole in answers:
+        found = whole[i]
+        right = f"{100 * float((found == truth)[valid].mean()):.1f} % right" if valid.any() else "nothing to name"
+        told = f"Classes that {label} finds in {place}: {_largest(found.ravel(), classes)}"
+        pictures.append(_picture(label, right + seed, told, _mask(found), "mask"))
     return Example(place[0].upper() + place[1:], tuple(pictures))
 
 
