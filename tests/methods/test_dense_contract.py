@@ -106,3 +106,39 @@ def _any(name: str) -> Method:
         return method()
     except TypeError:
         return method(Dilated(4))  # type: ignore[call-arg]
+
+
+class TestABrokenMethodIsCaught:
+    """The contract can fail: these methods count void pixels."""
+
+    class _Base(MethodContract):
+        num_classes = 4
+        image_size = (32, 48)
+
+        def task(self) -> Task:
+            return attar.Segmentation(self.num_classes)
+
+        def student(self) -> nn.Module:
+            return Dilated(self.num_classes)
+
+    def test_student_at_void_pixels(self) -> None:
+        class Everywhere(Method):
+            not_dense = ""
+
+            def losses(self, outputs, batch, progress):  # type: ignore[no-untyped-def]
+                return {"square": outputs.logits.square().mean()}
+
+        suite = self._Base()
+        suite.method = Everywhere  # type: ignore[method-assign]
+        with pytest.raises(AssertionError, match="void pixels get a gradient"):
+            suite.test_void_pixels_change_nothing()
+
+    def test_teacher_at_void_pixels(self) -> None:
+        class Loudest(KD):
+            def losses(self, outputs, batch, progress):  # type: ignore[no-untyped-def]
+                return {"kl": super().losses(outputs, batch, progress)["kl"] * self.teachers[0](outputs.images).amax()}
+
+        suite = self._Base()
+        suite.method = lambda: Loudest(Dilated(4))  # type: ignore[method-assign]
+        with pytest.raises(AssertionError, match=r"Loudest\.kl depends on void pixels"):
+            suite.test_void_pixels_change_nothing()

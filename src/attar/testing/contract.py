@@ -214,7 +214,7 @@ class MethodContract:
             gradient = moved.grad
             assert gradient is not None
             assert gradient[valid.unsqueeze(1).expand_as(gradient)].any()
-            assert not gradient[void.expand_as(gradient)].any()
+            assert not gradient[void.expand_as(gradient)].any(), "void pixels get a gradient"
             seen.append(terms.losses)
         for name, loss in seen[0].items():
             assert torch.equal(loss, seen[1][name]), f"{name} depends on void pixels"
