@@ -53,7 +53,7 @@ class BiFPNLayer(nn.Module):
 
     def forward(self, maps: Sequence[Tensor]) -> list[Tensor]:
         """Return T_1 .. T_n."""
-        last = len(maps) - 1
+        last = len(self.up) - 1
         found = [self.up[last](maps[last])]
         for i in range(last - 1, -1, -1):
             found.insert(0, self.up[i](maps[i] + enlarged(found[0], maps[i])))

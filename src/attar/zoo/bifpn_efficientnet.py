@@ -16,11 +16,11 @@ from attar.errors import AttarError
 
 __all__ = ["BiFPNEfficientNet", "segmentation_names"]
 
-# Name: timm's encoder, width of the pyramid.
+# Name: timm's encoder (the published code's layers and weights), width of the pyramid.
 _NETWORKS = {
-    "bifpn_efficientnet_b0": ("efficientnet_b0", 64),
-    "bifpn_efficientnet_b1": ("efficientnet_b1", 88),
-    "bifpn_efficientnet_b2": ("efficientnet_b2", 112),
+    "bifpn_efficientnet_b0": ("tf_efficientnet_b0.aa_in1k", 64),
+    "bifpn_efficientnet_b1": ("tf_efficientnet_b1.aa_in1k", 88),
+    "bifpn_efficientnet_b2": ("tf_efficientnet_b2.aa_in1k", 112),
 }
 # The stages of an EfficientNet whose first block brings it to strides 4, 8 and 16; the last one ends at 32.
 _TAPPED = (1, 2, 3)
@@ -50,18 +50,19 @@ class BiFPNEfficientNet(nn.Module):
             leaves the last batch's alone; it may have been meant as 0.003, which takes a thousand steps to settle.
         drop_path_rate: of the encoder.
         pretrained_encoder: load timm's ImageNet weights into the encoder, as published; `timm.create_model(NAME,
-            pretrained=True)` does.
+            pretrained=True)` does. Without them, and in small batches, the encoder's running statistics lag behind its
+            fast-changing weights for the first hundreds of steps, and evaluation is poor for as long.
 
     Raises:
         AttarError: an encoder that is no EfficientNet of timm.
 
-    Source: MingiJi/FRSKD ("EfficientDet-d0", -d1, -d2 in the paper). Differs from it: timm's encoder (symmetric
-    padding, its batch norm's eps and momentum), and two 3x3 convolutions that nothing reads are left out.
+    Source: MingiJi/FRSKD ("EfficientDet-d0", -d1, -d2 in the paper). Differs from it: the batch norm of timm's encoder
+    averages over fewer steps (momentum 0.1, not 0.01), and two 3x3 convolutions that nothing reads are left out.
     """
 
     def __init__(
         self,
-        encoder: str = "efficientnet_b0",
+        encoder: str = "tf_efficientnet_b0.aa_in1k",
         channels: int = 64,
         num_classes: int = 21,
         in_chans: int = 3,
@@ -81,6 +82,7 @@ class BiFPNEfficientNet(nn.Module):
         self.feature_info = self.encoder.feature_info
         self.pyramid = _Pyramid(self.encoder.channels, channels, norm_momentum)
         self.neck = BiFPNNeck(channels, 6, layers)
+        self.finest = _Finest()
         self.head = DenseHead(channels, head_channels, num_classes, momentum=norm_momentum)
 
     @property
@@ -99,12 +101,23 @@ class BiFPNEfficientNet(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Return logits [N, num_classes, H, W]."""
-        finest, *others = self.neck(self.pyramid(self.encoder(x)))
-        if self.training:
-            # In plain training nothing reads the other maps, and several processes wait for every gradient.
-            finest = finest + 0.0 * torch.stack([unread.mean() for unread in others]).sum()
-        logits: Tensor = self.head(finest, x.shape[-2:])
+        maps = self.neck(self.pyramid(self.encoder(x)))
+        logits: Tensor = self.head(self.finest(maps), x.shape[-2:])
         return logits
+
+
+class _Finest(nn.Module):
+    """The finest of several maps.
+
+    In training the others take part with weight zero: in plain training nothing else reads them, and several processes
+    wait for every gradient.
+    """
+
+    def forward(self, maps: Sequence[Tensor]) -> Tensor:
+        """Return the first map."""
+        if not self.training:
+            return maps[0]
+        return maps[0] + 0.0 * torch.stack([unread.mean() for unread in maps[1:]]).sum()
 
 
 class _Encoder(nn.Module):
@@ -155,7 +168,7 @@ class _Pyramid(nn.Module):
     def forward(self, maps: Sequence[Tensor]) -> list[Tensor]:
         """Return P_2 .. P_7."""
         found = [self.laterals[-1](maps[-1])]
-        for i in range(len(maps) - 2, -1, -1):
+        for i in range(len(self.laterals) - 2, -1, -1):
             lateral = self.laterals[i](maps[i])
             found.insert(0, enlarged(found[0], lateral) + lateral)
         lower = self.beyond[0](maps[-1])
