@@ -200,7 +200,7 @@ def test_the_drop_in_mean_iou() -> None:
     [
         ({"packaged": True}, "Option --packaged is for classification"),
         ({"int8": True, "qat": 1}, "Option --qat is for classification"),
-        ({"image_size": (3, 3)}, "refuses images of 3 x 3"),
+        ({"image_size": (0, 8)}, "must be at least 1 pixel a side"),
     ],
 )
 def test_refusals(options: dict[str, Any], said: str, run: Path, tmp_path: Path) -> None:
