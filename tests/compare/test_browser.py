@@ -251,6 +251,7 @@ def test_masks_on_paper(browser: Any, tmp_path: Path, shots: Path) -> None:
         page.emulate_media(media="print", color_scheme="dark")
         assert page.evaluate("[...document.images].filter(i => !i.checkVisibility()).length") == 0
         assert page.locator("img.mask").first.evaluate("e => getComputedStyle(e).printColorAdjust") == "exact"
+        assert page.evaluate("document.querySelector('#iou').offsetWidth") <= 1046  # A4 landscape, 277 mm
         page.screenshot(path=shots / "dense-print.png", full_page=True)
         page.pdf(path=shots / "dense.pdf", prefer_css_page_size=True)
         assert opened.complaints == []

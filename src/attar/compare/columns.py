@@ -91,7 +91,8 @@ _DENSE_QUALITY = (
         "mIoU",
         "share",
         "high",
-        "Mean over classes of intersection over union, pixels counted over all test images, void ones left out.",
+        "Mean of intersection over union over the classes that labels or answers hold, pixels counted over all test "
+        "images, void ones left out.",
         "quality",
     ),
     Column(
@@ -243,7 +244,7 @@ _EXPORTS = (
 
 
 COLUMNS = (*_QUALITY, *_COSTS, *_EXPORTS)
-# Students of dense tasks have no exports to measure yet.
+# Of dense tasks there are no exports to measure yet, and counts instead of the answers that agreement would compare.
 DENSE_COLUMNS = (*_DENSE_QUALITY, *_COSTS)
 
 
