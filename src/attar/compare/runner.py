@@ -36,7 +36,14 @@ __all__ = ["Cell", "context", "default_jobs", "lock", "threads_per_run", "train_
 # How a child tells that another process is at its run, and that it was interrupted and has saved itself.
 _BUSY, _INTERRUPTED = 75, 130
 _POLL = 0.5
-_LIBRARIES = ("attar.train", "torchmetrics.classification", "torch.utils.tensorboard", "sklearn.model_selection")
+_LIBRARIES = (
+    "attar.train",
+    "torchmetrics.classification",
+    "torch.utils.tensorboard",
+    "sklearn.datasets",
+    "sklearn.model_selection",
+    "torch.export._trace",
+)
 
 
 @dataclass(frozen=True)
