@@ -42,7 +42,6 @@ _LIBRARIES = (
     "torch.utils.tensorboard",
     "sklearn.datasets",
     "sklearn.model_selection",
-    "torch.export._trace",
 )
 
 
