@@ -196,9 +196,9 @@ def test_without_scripts_all_but_sorting_and_the_toggle_is_there(browser: Any, r
         assert opened.page.locator("#figures tbody").count() == 8
 
 
-@pytest.mark.parametrize("width", [390, 1440])
-@pytest.mark.parametrize("name", ["two", "many", "classes", "awkward"])
-def test_other_comparisons_fit_too(browser: Any, tmp_path: Path, shots: Path, name: str, width: int) -> None:
+@pytest.fixture(scope="module", params=["two", "many", "classes", "awkward"])
+def other(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[str, Path]:
+    name: str = request.param
     analysis = {
         "two": two_entries,
         "many": lambda: several(23),
@@ -206,7 +206,12 @@ def test_other_comparisons_fit_too(browser: Any, tmp_path: Path, shots: Path, na
         "awkward": lambda: replace(sample([("x" * 90, 0.01, 2.0), ("</script><i>", 0.0, 1.0)]), classes=AWKWARD),
     }[name]()
     assert len(AWKWARD) == len(TEN)
-    file = write_report(analysis, tmp_path)["report.html"]
+    return name, write_report(analysis, tmp_path_factory.mktemp("other"))["report.html"]
+
+
+@pytest.mark.parametrize("width", [390, 1440])
+def test_other_comparisons_fit_too(browser: Any, other: tuple[str, Path], shots: Path, width: int) -> None:
+    name, file = other
     with Opened(browser, file, viewport={"width": width, "height": 900}) as opened:
         size = opened.page.evaluate("[document.documentElement.scrollWidth, document.documentElement.clientWidth]")
         assert size[0] <= size[1] == width
