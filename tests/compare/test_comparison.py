@@ -129,7 +129,7 @@ def test_two_processes_share_one_comparison(tmp_path: Path) -> None:
     chosen = plan("ONE", seeds=1)
     children = [in_child(compare_in_child, chosen, tmp_path) for _ in range(2)]
     for child in children:
-        child.join(180)
+        child.join(300)
         assert child.exitcode == 0
     started = [len(json.loads(path.read_text())) for path in tmp_path.glob("*/environment.json")]
     assert started == [1] * 3
@@ -166,9 +166,9 @@ def test_equal_cost_gives_dearer_methods_fewer_epochs(tmp_path: Path) -> None:
 
 
 def test_a_budget_chooses_the_epochs_once(tmp_path: Path) -> None:
-    chosen = plan("ONE", seeds=1, budget=4.0, base={"checkpoint_seconds": 60.0})
+    chosen = plan("ONE", seeds=1, budget=6.0, base={"checkpoint_seconds": 60.0})
     first = compare(chosen, tmp_path, jobs=1, console=quiet())
-    epochs = json.loads((tmp_path / "comparison.json").read_text())["epochs_for_budget"]["4s"]
+    epochs = json.loads((tmp_path / "comparison.json").read_text())["epochs_for_budget"]["6s"]
     assert [entry.epochs for entry in first.entries] == [epochs] * 3
     assert epochs > 1
     assert figures(compare(chosen, tmp_path, jobs=1, console=quiet())) == figures(first)
