@@ -76,17 +76,19 @@ def said_in_child(
     with tempfile.TemporaryDirectory() as aside:
         out, err = Path(aside, "out"), Path(aside, "err")
         child = in_child(as_program, folder, out, err, variables, work, *arguments)
-        if signal_at is not None:
-            text, number = signal_at
-            while child.is_alive() and not (out.exists() and text in out.read_text()):
-                time.sleep(0.01)
-            assert child.pid is not None
-            os.kill(child.pid, number)
-        child.join(300)
-        if child.is_alive():
+        try:
+            if signal_at is not None:
+                text, number = signal_at
+                while child.is_alive() and not (out.exists() and text in out.read_text()):
+                    time.sleep(0.01)
+                assert child.pid is not None
+                os.kill(child.pid, number)
+            child.join(300)
+        finally:
             child.kill()
             child.join()
-        return subprocess.CompletedProcess(arguments, child.exitcode or 0, out.read_text(), err.read_text())
+        assert child.exitcode is not None
+        return subprocess.CompletedProcess(arguments, child.exitcode, out.read_text(), err.read_text())
 
 
 def as_program(
