@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import ctypes
+import gc
 import re
 import shutil
 from pathlib import Path
@@ -93,6 +95,32 @@ def test_any_number_of_images(tmp_path: Path) -> None:
     images = torch.randn(70, 3, 16, 16).numpy()
     for count in (1, 5, 70):
         assert off(runtime, network, images[:count]) < 1e-5
+
+
+class SignalStack(ctypes.Structure):
+    _fields_ = (("start", ctypes.c_void_p), ("flags", ctypes.c_int), ("size", ctypes.c_size_t))
+
+
+def signal_stack() -> int | None:
+    """Return where this thread's signals are handled."""
+    stack = SignalStack()
+    assert ctypes.CDLL(None).sigaltstack(None, ctypes.byref(stack)) == 0
+    return stack.start
+
+
+@pytest.mark.skipif(not Path("/proc/self/maps").exists(), reason="only Linux tells what memory is there")
+def test_artefacts_that_come_and_go_leave_signals_a_stack(float32: Path) -> None:
+    one = FORMAT.load(float32)
+    stack = signal_stack()
+    two = FORMAT.load(float32)
+    assert signal_stack() == stack  # each engine would bring its own
+    del one
+    gc.collect()
+    del two
+    gc.collect()
+    now = signal_stack()
+    ranges = [line.split()[0].split("-") for line in Path("/proc/self/maps").read_text().splitlines()]
+    assert now is None or any(int(low, 16) <= now < int(high, 16) for low, high in ranges)
 
 
 class Eigen(nn.Module):

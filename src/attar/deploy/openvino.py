@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from pathlib import Path
 from typing import Any
 
@@ -67,7 +68,6 @@ class OpenVINO:
         require(("openvino",), "OpenVINO", self.extra)
         if not path.is_file():
             raise AttarError(f"There is no file '{path}': give an exported OpenVINO model.")
-        import openvino
 
         # Reduced precision, which OpenVINO chooses by itself where the processor has it, is not what was exported.
         wanted = {
@@ -77,13 +77,25 @@ class OpenVINO:
         }
         try:
             with silence(native=True):
-                compiled = openvino.Core().compile_model(str(path), "CPU", wanted)
+                compiled = _core().compile_model(str(path), "CPU", wanted)
         except Exception as error:  # openvino's kinds have no common base
             raise AttarError(
                 f"'{path}' is no OpenVINO model that can be run here, or is damaged ({first_line(error)}): export it "
                 "again."
             ) from error
         return _Compiled(compiled)
+
+
+@functools.cache
+def _core() -> Any:
+    """Return the process's one engine.
+
+    Every further one replaces the stack on which the process's signals are handled, and gives it back when it goes: of
+    two that overlap, the second gives back the first's, which is no more, and the next signal kills without a word.
+    """
+    import openvino
+
+    return openvino.Core()
 
 
 class _Compiled:
