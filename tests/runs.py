@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import io
 import json
-import multiprocessing
 import os
+import runpy
 import signal
 import socket
+import subprocess
 import sys
+import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from multiprocessing.context import ForkServerProcess
 from pathlib import Path
 from typing import Any
@@ -18,14 +20,15 @@ from typing import Any
 import torch
 from rich.console import Console
 
-from attar.compare.runner import Cell, train_all
+from attar.compare.runner import Cell, context, train_all
 from attar.errors import AttarError
 from attar.spec import TrainSpec, parse
 from attar.train import Interrupted, fit
 
 # Children that are killed, and pairs of ranks, start from a server that has imported everything already.
-CHILDREN = multiprocessing.get_context("forkserver")
-CHILDREN.set_forkserver_preload(["attar.train", "torchmetrics.classification", "torch.utils.tensorboard", "sklearn"])
+CHILDREN = context()
+
+Said = subprocess.CompletedProcess[str]
 
 
 def tiny(*methods: str | dict[str, Any], **fields: Any) -> TrainSpec:
@@ -58,9 +61,72 @@ def lines(folder: Path, kind: str) -> list[dict[str, Any]]:
 
 def in_child(work: Callable[..., None], *arguments: Any) -> ForkServerProcess:
     """Start a process that imported everything beforehand."""
-    child = CHILDREN.Process(target=work, args=arguments)
+    child: ForkServerProcess = CHILDREN.Process(target=work, args=arguments)
     child.start()
     return child
+
+
+def said_in_child(
+    work: Callable[..., None], *arguments: Any, folder: Path, signal_at: tuple[str, int] | None = None, **variables: str
+) -> Said:
+    """Do `work` in `folder` as a program of its own; return its exit code and what it printed.
+
+    With `signal_at`, a text and a signal, it gets the signal once it has printed the text.
+    """
+    with tempfile.TemporaryDirectory() as aside:
+        out, err = Path(aside, "out"), Path(aside, "err")
+        child = in_child(as_program, folder, out, err, variables, work, *arguments)
+        try:
+            if signal_at is not None:
+                text, number = signal_at
+                while child.is_alive() and not (out.exists() and text in out.read_text()):
+                    time.sleep(0.01)
+                assert child.pid is not None
+                os.kill(child.pid, number)
+            child.join(300)
+        finally:
+            child.kill()
+            child.join()
+        assert child.exitcode is not None
+        return subprocess.CompletedProcess(arguments, child.exitcode, out.read_text(), err.read_text())
+
+
+def as_program(
+    folder: Path, out: Path, err: Path, variables: dict[str, str], work: Callable[..., None], *arguments: Any
+) -> None:
+    """From here on print into two files, and end as `work` ends."""
+    os.environ.update(variables)
+    os.chdir(folder)
+    for number, path in ((1, out), (2, err)):
+        with path.open("wb") as file:
+            os.dup2(file.fileno(), number)
+    torch.set_num_threads(1)
+    work(*arguments)
+
+
+def attar_command(words: Sequence[str]) -> None:
+    """Do what `attar WORDS` does."""
+    from attar.cli import main
+
+    sys.argv = ["attar", *words]
+    sys.exit(main(list(words)))
+
+
+def python_code(code: str) -> None:
+    """Do what `python -c CODE` does."""
+    exec(compile(code, "<string>", "exec"), {"__name__": "__main__"})
+
+
+def python_script(path: Path, words: Sequence[str]) -> None:
+    """Do what `python PATH WORDS` does."""
+    sys.argv = [str(path), *words]
+    runpy.run_path(str(path), run_name="__main__")
+
+
+def command_as_rank(words: Sequence[str], folder: Path) -> None:
+    """What one of several processes does: an attar command, whose words go into files of its own in `folder`."""
+    rank = os.environ["RANK"]
+    as_program(folder, folder / f"out{rank}.txt", folder / f"err{rank}.txt", {}, attar_command, words)
 
 
 def train_all_in_child(cells: list[Cell], jobs: int) -> None:

@@ -400,45 +400,41 @@ def test_equal_options_have_one_default_folder(
 
 
 def test_ctrl_c_saves_and_the_same_command_goes_on(tmp_path: Path) -> None:
-    command = [sys.executable, "-m", "attar", "train", "plain", *TINY, "--epochs", "40", "--batch", "8", "--out", "run"]
-    with subprocess.Popen(
-        command, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, bufsize=1
-    ) as process:
-        assert process.stdout is not None
-        assert process.stderr is not None
-        for line in process.stdout:
-            if line.startswith("epoch 2/"):
-                break
-        process.send_signal(signal.SIGINT)
-        process.stdout.read()
-        said = process.stderr.read()
-        assert process.wait(60) == 130
-    assert "run the same command again to go on" in said
-    assert said.count("\n") == 1
-    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=True)
+    from runs import attar_command, said_in_child
+
+    words = ["train", "plain", *TINY, "--epochs", "15", "--batch", "8", "--out", "run"]
+    stopped = said_in_child(attar_command, words, folder=tmp_path, signal_at=("\nepoch 2/", signal.SIGINT))
+    assert stopped.returncode == 130, stopped.stderr
+    assert "run the same command again to go on" in stopped.stderr
+    assert stopped.stderr.count("\n") == 1
+    done = said_in_child(attar_command, words, folder=tmp_path)
+    assert done.returncode == 0, done.stderr
     epochs = [json.loads(line)["epoch"] for line in (tmp_path / "run/metrics.jsonl").read_text().splitlines()]
     assert epochs == sorted(epochs)
-    assert epochs[-1] == 39
-    assert "epoch 1/40" not in done.stdout
+    assert epochs[-1] == 14
+    assert "epoch 1/15" not in done.stdout
 
 
 def test_two_processes_print_once(tmp_path: Path) -> None:
-    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "-m", "attar"]
-    words = ["train", "ONE", *TINY, "--epochs", "1", "--batch", "16"]
-    done = subprocess.run([*launch, *words, "--out", "run"], cwd=tmp_path, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.count("student, test") == 1
-    assert done.stdout.count("epoch 1/1") == 1
-    done = subprocess.run(
-        [*launch, *words, "--out", "run", "--epochs", "2"], cwd=tmp_path, capture_output=True, text=True, check=False
-    )
-    assert done.returncode != 0
-    assert done.stderr.count("attar: 'run' holds a run of another spec") == 1
-    assert "AttarError" not in done.stderr
+    """torchrun itself starts processes in test_readme.py and train/test_distributed.py."""
+    from runs import command_as_rank, two_ranks
+
+    def printed(stream: str) -> str:
+        return "".join((tmp_path / f"{stream}{rank}.txt").read_text() for rank in range(2))
+
+    words = ["train", "ONE", *TINY, "--epochs", "1", "--batch", "16", "--out", "run"]
+    assert two_ranks(command_as_rank, words, tmp_path) == [0, 0], printed("err")
+    assert printed("out").count("student, test") == 1
+    assert printed("out").count("epoch 1/1") == 1
+    assert two_ranks(command_as_rank, [*words, "--epochs", "2"], tmp_path) == [2, 2]
+    assert printed("err").count("attar: 'run' holds a run of another spec") == 1
+    assert "AttarError" not in printed("err")
 
 
 def test_check_ends_with_1_and_names_the_problem(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     """A student with a layer that its forward never uses would hang distributed training."""
+    from runs import python_code, said_in_child
+
     program = """
 import sys, torch, timm
 from timm.models import register_model
@@ -454,7 +450,7 @@ def idle_layer(pretrained=False, **options):
 
 sys.exit(main(["check", "ONE", "--model", "idle_layer", "--data", "digits", "--image-size", "16"]))
 """
-    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False, cwd=tmp_path)
+    done = said_in_child(python_code, program, folder=tmp_path)
     assert done.returncode == 1, done.stderr
     assert "PROBLEM: Parameter student.idle.weight gets no gradient." in done.stdout
 

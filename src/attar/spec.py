@@ -97,6 +97,10 @@ class TrainSpec(_Spec):
     )
     gamma: Annotated[float, Field(gt=0, le=1, description="Factor of each fall of the step schedule.")] = 0.1
     clip_grad: Annotated[float | None, Field(gt=0, description="Clip the gradient norm to this.")] = None
+    select: Annotated[
+        Literal["holdout", "last"],
+        Field(description="Which epoch is kept: the best on hold-out images (top-1, mean IoU), or the last one."),
+    ] = "holdout"
     ema: Annotated[
         float | None, Field(gt=0, lt=1, description="Also keep an exponential moving average with this decay.")
     ] = None

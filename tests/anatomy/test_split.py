@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from torch import Tensor, nn
@@ -10,8 +12,23 @@ from attar.errors import AttarError
 from attar.tasks import Segmentation
 from dense_networks import DENSE_NETWORKS, DenseNetwork, Dilated
 
+# A second or more each, and cut as others are.
+HEAVY = {
+    *("resnet50", "seresnext26t_32x4d", "vgg11_bn", "repvit_m0_9", "fastvit_t8", "mobileone_s0", "cifar_resnet18"),
+    *("efficientformerv2_s0", "coat_lite_tiny", "dla34", "cspresnet50", "nfnet_l0", "res2net50_26w_4s"),
+    *("tiny_vit_5m_224", "torchvision:densenet121", "torchvision:convnext_tiny", "torchvision:swin_t"),
+}
 
-@pytest.mark.parametrize("architecture", ARCHITECTURES, ids=lambda a: a.name)
+
+def default_or_slow() -> list[Any]:
+    assert {architecture.name for architecture in ARCHITECTURES} >= HEAVY
+    return [
+        pytest.param(each, id=each.name, marks=[pytest.mark.slow] if each.name in HEAVY else [])
+        for each in ARCHITECTURES
+    ]
+
+
+@pytest.mark.parametrize("architecture", default_or_slow())
 def test_halves_equal_the_whole(architecture: Architecture) -> None:
     """`split` proves itself; here once more from outside, at every stage but the last, on other images."""
     torch.manual_seed(0)

@@ -196,9 +196,9 @@ def test_without_scripts_all_but_sorting_and_the_toggle_is_there(browser: Any, r
         assert opened.page.locator("#figures tbody").count() == 8
 
 
-@pytest.mark.parametrize("width", [390, 1440])
-@pytest.mark.parametrize("name", ["two", "many", "classes", "awkward", "dense", "dense many"])
-def test_other_comparisons_fit_too(browser: Any, tmp_path: Path, shots: Path, name: str, width: int) -> None:
+@pytest.fixture(scope="module", params=["two", "many", "classes", "awkward", "dense", "dense many"])
+def other(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[str, Path]:
+    name: str = request.param
     analysis = {
         "two": two_entries,
         "many": lambda: several(23),
@@ -208,7 +208,12 @@ def test_other_comparisons_fit_too(browser: Any, tmp_path: Path, shots: Path, na
         "dense many": lambda: dense_sample([f"class {i}" for i in range(40)], methods=14, size=(60, 80)),
     }[name]()
     assert len(AWKWARD) == len(TEN)
-    file = write_report(analysis, tmp_path)["report.html"]
+    return name, write_report(analysis, tmp_path_factory.mktemp("other"))["report.html"]
+
+
+@pytest.mark.parametrize("width", [390, 1440])
+def test_other_comparisons_fit_too(browser: Any, other: tuple[str, Path], shots: Path, width: int) -> None:
+    name, file = other
     with Opened(browser, file, viewport={"width": width, "height": 900}) as opened:
         size = opened.page.evaluate("[document.documentElement.scrollWidth, document.documentElement.clientWidth]")
         assert size[0] <= size[1] == width

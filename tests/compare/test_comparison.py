@@ -50,7 +50,7 @@ def figures(analysis: Analysis) -> dict[str, Any]:
 @pytest.fixture(scope="module")
 def compared(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Plan, Analysis]:
     home = tmp_path_factory.mktemp("compared")
-    chosen = plan("ONE", "ONE(branches=2)", smoothing=(0.05, 0.2))
+    chosen = plan("ONE(branches=2)", smoothing=(0.05, 0.2))
     return home, chosen, compare(chosen, home, jobs=2, console=quiet())
 
 
@@ -64,8 +64,8 @@ def test_baselines_are_always_there_and_smoothing_is_tuned_on_the_holdout(
     }
     best = max(results, key=lambda share: (results[share]["holdout"]["top1"], -results[share]["holdout"]["nll"]))
     labels = [entry.label for entry in analysis.entries]
-    assert labels == ["plain", f"label smoothing {best}", "ONE", "ONE(branches=2)"]
-    assert [entry.role for entry in analysis.entries] == ["plain", "smoothing", "method", "method"]
+    assert labels == ["plain", f"label smoothing {best}", "ONE(branches=2)"]
+    assert [entry.role for entry in analysis.entries] == ["plain", "smoothing", "method"]
     assert all(entry.seeds == (0, 1) for entry in analysis.entries)
     # The other candidate has the first seed alone.
     other = next(share for share in results if share != best)
@@ -93,11 +93,11 @@ def test_again_trains_nothing_and_an_added_entry_only_itself(compared: tuple[Pat
     assert {entry.label: entry.figures.get("step") for entry in again.entries} == {
         entry.label: entry.figures.get("step") for entry in analysis.entries
     }, "what was measured is kept"
-    wider = compare(plan("ONE", "ONE(branches=2)", "ONE(gate=mean)", smoothing=(0.05, 0.2)), home, console=quiet())
+    wider = compare(plan("ONE(branches=2)", "ONE(gate=mean)", smoothing=(0.05, 0.2)), home, console=quiet())
     after = {path: path.stat().st_mtime_ns for path in home.glob("*/result.json")}
     assert {path: after[path] for path in before} == before
     assert len(after) == len(before) + 2
-    assert [entry.label for entry in wider.entries][2:] == ["ONE", "ONE(branches=2)", "ONE(gate=mean)"]
+    assert [entry.label for entry in wider.entries][2:] == ["ONE(branches=2)", "ONE(gate=mean)"]
 
 
 def test_report_from_run_folders_alone(compared: tuple[Path, Plan, Analysis], tmp_path: Path) -> None:
@@ -126,19 +126,19 @@ def test_killed_and_called_again_reports_the_same(compared: tuple[Path, Plan, An
 
 
 def test_two_processes_share_one_comparison(tmp_path: Path) -> None:
-    chosen = plan("ONE")
+    chosen = plan("ONE", seeds=1)
     children = [in_child(compare_in_child, chosen, tmp_path) for _ in range(2)]
     for child in children:
-        child.join(180)
+        child.join(300)
         assert child.exitcode == 0
     started = [len(json.loads(path.read_text())) for path in tmp_path.glob("*/environment.json")]
-    assert started == [1] * 6
+    assert started == [1] * 3
 
 
 def test_a_method_that_produces_nan_is_explained_and_the_rest_complete(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    words = ["compare", "ONE(temperature=1e30)", "ONE", "--seeds", "2", "--smoothing", "0.1", "--out", str(tmp_path)]
+    words = ["compare", "ONE(temperature=1e30)", "ONE", "--seeds", "1", "--smoothing", "0.1", "--out", str(tmp_path)]
     words += ["--model", "cifar_resnet20", "--model-options", "width=0.25", "--data", "digits"]
     words += ["--train-limit", "128", "--epochs", "1", "--batch", "32", "--precision", "fp32"]
     assert main(words) == 1
@@ -146,8 +146,8 @@ def test_a_method_that_produces_nan_is_explained_and_the_rest_complete(
     assert "ONE(temperature=1e+30), seed 0: Term ONE.kl became NaN or infinite at step" in out
     with (tmp_path / "report.json").open() as file:
         entries = {entry["label"]: entry for entry in json.load(file)["entries"]}
-    assert len(entries["ONE"]["seeds"]) == 2
-    assert len(entries["ONE(temperature=1e+30)"]["failures"]) == 2
+    assert len(entries["ONE"]["seeds"]) == 1
+    assert len(entries["ONE(temperature=1e+30)"]["failures"]) == 1
     assert "became NaN" in (tmp_path / "report.html").read_text()
     assert "became NaN" in (tmp_path / "report.md").read_text()
     with (tmp_path / "report.csv").open() as file:
@@ -166,7 +166,7 @@ def test_equal_cost_gives_dearer_methods_fewer_epochs(tmp_path: Path) -> None:
 
 
 def test_a_budget_chooses_the_epochs_once(tmp_path: Path) -> None:
-    chosen = plan("ONE", seeds=1, budget=6.0)
+    chosen = plan("ONE", seeds=1, budget=6.0, base={"checkpoint_seconds": 60.0})
     first = compare(chosen, tmp_path, jobs=1, console=quiet())
     epochs = json.loads((tmp_path / "comparison.json").read_text())["epochs_for_budget"]["6s"]
     assert [entry.epochs for entry in first.entries] == [epochs] * 3

@@ -5,9 +5,8 @@ from __future__ import annotations
 import ast
 import html
 import json
+import os
 import re
-import subprocess
-import sys
 from collections import Counter
 from dataclasses import replace
 from html.parser import HTMLParser
@@ -23,6 +22,7 @@ from attar.compare.report import html_text, write_report
 from attar.compare.tables import csv_text, json_text, markdown_text
 from attar.errors import AttarError
 from compare.samples import sample, several, two_entries
+from runs import python_code, said_in_child
 
 VOID = {"meta", "link", "br", "wbr"}
 HOSTILE = "<img src=x onerror=alert(1)>\"'&"
@@ -147,15 +147,17 @@ def test_files_are_written_and_agree(tmp_path: Path) -> None:
         write_report(analysis, tmp_path / "missing")
 
 
-def test_same_analysis_gives_the_same_bytes_in_another_process() -> None:
+def test_same_analysis_gives_the_same_bytes_in_another_process(tmp_path: Path) -> None:
     code = (
-        "import sys; sys.path.insert(0, sys.argv[1])\n"
-        "from compare.samples import sample\nfrom attar.compare.report import html_text\n"
-        "sys.stdout.buffer.write(html_text(sample()).encode())"
+        "from pathlib import Path\nfrom compare.samples import sample\nfrom attar.compare.report import html_text\n"
+        "Path('hash').write_text(str(hash('attar')))\n"
+        "Path('page').write_bytes(html_text(sample()).encode())"
     )
-    tests = str(Path(__file__).parents[1])
-    done = subprocess.run([sys.executable, "-c", code, tests], capture_output=True, check=True, timeout=300)
-    assert done.stdout == html_text(sample()).encode()
+    done = said_in_child(python_code, code, folder=tmp_path)
+    assert done.returncode == 0, done.stderr
+    if "PYTHONHASHSEED" not in os.environ:
+        assert int((tmp_path / "hash").read_text()) != hash("attar"), "sets have another order there"
+    assert (tmp_path / "page").read_bytes() == html_text(sample()).encode()
 
 
 def test_everything_is_escaped() -> None:

@@ -76,6 +76,7 @@ def test_what_fails_is_told_and_the_others_go_on(tmp_path: Path) -> None:
     assert started[diverging[0].folder.name] == 2
 
 
+@pytest.mark.slow  # as a part of two whole comparisons at one folder: test_comparison.py
 def test_two_processes_at_one_folder_do_each_run_once(tmp_path: Path) -> None:
     planned = cells(tmp_path, ["plain", "ONE"], 2)
     parents = [in_child(train_all_in_child, planned, 1), in_child(train_all_in_child, planned[::-1], 1)]
@@ -86,6 +87,7 @@ def test_two_processes_at_one_folder_do_each_run_once(tmp_path: Path) -> None:
     assert set(times_started(tmp_path).values()) == {1}
 
 
+@pytest.mark.slow  # as a part of a whole comparison: test_comparison.py
 def test_killed_and_called_again(tmp_path: Path) -> None:
     planned = cells(tmp_path, ["plain", "ONE"], 2, epochs=6)
     parent = in_child(train_all_in_child, planned, 1)

@@ -459,6 +459,7 @@ def test_hub_data_set(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert "connection" in message
 
 
+@pytest.mark.slow
 def test_real_cifar10(real_data: Path) -> None:
     source = open_source(f"parquet:{real_data / 'cifar10'}")
     check(source)

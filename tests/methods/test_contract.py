@@ -201,20 +201,30 @@ def contract(
     return Contract
 
 
-# The default run has ONE, which cuts the student, on every common network, and the other methods on two of them,
-# compiled on one (ONE on two); those that read or make maps by the form of the network also on a ViT. All methods on
-# all networks, compiled on all common ones, are slow.
-DEFAULT = {"hand-written", "cifar_resnet20"}
-ON_TOKENS = {"AT", "BYOT", "FRSKD", "KD", "OKDDip", "SAD", "SCD"}
+# The default run has all methods on the hand-written network; those that cut, copy or narrow the student or build on
+# its stages also on a ResNet-20, those that read or make maps by the form of the network on a ViT, and ONE, which cuts
+# the student, on every common network that is cut in a way of its own. All methods on all networks, compiled on all
+# common ones, are slow.
+ON_STAGES = {"BYOT", "Blockwise", "FRSKD", "InDistill", "Moonshine", "OKDDip", "OnlineEnsemble", "PCL", "SCD"}
+ON_TOKENS = {"AT", "BYOT", "FRSKD", "SAD", "SCD"}
+CUT_ALIKE = {"resnet18", "mobilenetv2_050"}  # as cifar_resnet20 and mobilenetv3_small_050 are
+# Compiled by default on the hand-written network, but for those that compile in their own test files, and those whose
+# graphs are made of what others compile: branches (ONE), peers (DML), memories (DLB), relations in a batch (OSKD).
+COMPILED_ELSEWHERE = {"AT", "Codistillation", "FitNet", "InDistill", "MEAL", "Moonshine", "PKT", "SPKD", "SRM"}
+COMPILED_ALIKE = {"BAKE", "KDCL", "OKDDip", "OSAKD", "PCL", "PSKD", "TfKD"}
 
 for _name, _make in METHODS.items():
     for _architecture in ARCHITECTURES:
         if (_name, _architecture.name) in REFUSED:
             _class = refusal(_name, _make, _architecture)
         else:
-            _tokens = _name in ON_TOKENS and _architecture.name == "vit_tiny_patch16_224"
-            _default = _architecture.common and (_name == "ONE" or _architecture.name in DEFAULT or _tokens)
-            _compiled = _architecture.name in (DEFAULT if _name == "ONE" else {"hand-written"})
+            _names = {"hand-written"}
+            _names |= {"cifar_resnet20"} if _name in ON_STAGES else set()
+            _names |= {"vit_tiny_patch16_224"} if _name in ON_TOKENS else set()
+            _names |= {each.name for each in ARCHITECTURES if _name == "ONE"} - CUT_ALIKE
+            _default = _architecture.common and _architecture.name in _names
+            _elsewhere = _name in COMPILED_ALIKE | COMPILED_ELSEWHERE
+            _compiled = _architecture.name == "hand-written" and not _elsewhere
             _class = contract(_name, _make, _architecture, _default, _compiled)
         globals()[_class.__name__] = _class
 del _class

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import functools
 import inspect
 import io
+import json
 
 import pytest
 import torch
 from rich.console import Console
+from torch import nn
 
 from attar import methods, recipes
 from attar.compare.protocol import label_of
@@ -21,6 +24,17 @@ from attar.train.models import make_model
 
 NAMES = list(recipes.available())
 RUNNABLE = [name for name in NAMES if not recipes.missing_methods(recipes.find(name))]
+
+
+@functools.cache
+def _network(model: str, classes: int, options: str) -> nn.Module:
+    with torch.device("meta"):
+        return make_model(model, classes, json.loads(options))
+
+
+def network_of(spec: TrainSpec, classes: int) -> nn.Module:
+    """Build what a recipe names, without memory, each network once: many recipes share one."""
+    return _network(spec.model, classes, json.dumps(spec.model_options))
 
 
 def test_every_function_of_every_module_is_a_recipe_of_its_own_name():
@@ -96,8 +110,7 @@ def test_a_recipe_is_whole(name):
 @pytest.mark.parametrize("name", RUNNABLE)
 def test_models_and_methods_of_a_recipe_exist(name):
     for spec in runs_of(recipes.find(name)).values():
-        with torch.device("meta"):
-            network = make_model(spec.model, CLASSES[spec.data], spec.model_options)
+        network = network_of(spec, CLASSES[spec.data])
         assert next(network.parameters()).is_meta
         for method in spec.methods:
             kind = methods.find(method.name)
@@ -173,8 +186,7 @@ def test_settings_are_those_of_repdistiller():
 )
 def test_published_parameters_are_the_networks(name, millions):
     recipe = recipes.find(name)
-    with torch.device("meta"):
-        network = make_model(recipe.spec.model, CLASSES[recipe.spec.data])
+    network = network_of(recipe.spec, CLASSES[recipe.spec.data])
     assert sum(p.numel() for p in network.parameters()) / 1e6 == millions
     assert millions in [figure.value for figure in recipe.published if figure.metric == "parameters"]
 
@@ -208,8 +220,7 @@ def test_small_keeps_methods_and_says_what_it_is(name):
         assert (spec.schedule, spec.milestones, spec.gamma) == (full.schedule, full.milestones, full.gamma)
         assert (spec.data, spec.epochs, spec.train_limit) == ("digits", 6 if phased else 2, 128)
         assert parse(TrainSpec, spec.model_dump()) == spec
-        with torch.device("meta"):
-            network = make_model(spec.model, 10, spec.model_options)
+        network = network_of(spec, 10)
         assert sum(p.numel() for p in network.parameters()) < 400_000
 
 

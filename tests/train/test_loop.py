@@ -187,3 +187,14 @@ def test_a_compiled_run_gives_the_numbers_of_an_eager_one(tmp_path: Path) -> Non
         fit(tiny("ONE", compile=mode, epochs=1, log_every=1), tmp_path / mode, console=quiet())
         rows.append(lines(tmp_path / mode, "step")[0]["losses"])
     assert rows[0] == pytest.approx(rows[1], rel=1e-4)
+
+
+def test_the_last_epoch_is_kept_where_it_is_asked_for(tmp_path: Path) -> None:
+    falling: dict[str, Any] = {"epochs": 4, "lr": 1.0, "schedule": "constant", "seed": 4}
+    result = fit(tiny(**falling), tmp_path / "best", console=quiet())
+    held = [line["holdout"]["top1"] for line in lines(tmp_path / "best", "epoch")]
+    assert result["best_epoch"] < 3  # else the other run would show nothing
+    assert result["holdout"]["top1"] == max(held)
+    last = fit(tiny(**falling, select="last"), tmp_path / "last", console=quiet())
+    assert last["best_epoch"] == 3
+    assert last["holdout"]["top1"] == held[-1]

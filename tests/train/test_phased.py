@@ -58,6 +58,7 @@ def test_phases_follow_one_another_and_a_run_stopped_anywhere_ends_the_same(
     monkeypatch.setattr(build, "load_teacher", remembered)
     spec = spec_of(name, one_run[0])
     result = fit(spec, tmp_path / "whole", console=quiet())
+    assert epochs[result["best_epoch"]][0] is None  # what a phase leaves is not chosen
 
     told = lines(tmp_path / "whole", "epoch")
     assert [(line.get("phase"), set(line["losses"])) for line in told] == epochs

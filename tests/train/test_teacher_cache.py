@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -152,7 +153,7 @@ def test_augmentations_come_again_in_another_order() -> None:
     assert not all(torch.equal(image, again[number]) for number, image in epoch(4, None)[1].items())
 
 
-@pytest.mark.parametrize("cycle", [1, 2])
+@pytest.mark.parametrize("cycle", [pytest.param(1, marks=pytest.mark.slow), 2])
 def test_a_run_that_remembers_is_the_run_that_asks(cycle: int, tmp_path: Path, one_run: One, asked: list[int]) -> None:
     spec = spec_of(one_run, augment_cycle=cycle)
     uncached = fit(spec, tmp_path / "uncached", console=quiet())
@@ -172,15 +173,15 @@ def test_a_run_that_remembers_is_the_run_that_asks(cycle: int, tmp_path: Path, o
     assert other["terms"] != uncached["terms"]
 
 
-@pytest.mark.parametrize("stop", [3, 10])
-def test_stopped_inside_an_epoch_it_ends_bit_identical(stop: int, tmp_path: Path, one_run: One) -> None:
+def test_stopped_inside_an_epoch_it_ends_bit_identical(tmp_path: Path, one_run: One) -> None:
     # 26 images a epoch are left out, so that later epochs ask about a few; partners stand beside the images.
     spec = spec_of(one_run, "CSKD", train_limit=250, cache_teachers=True)
     fit(spec, tmp_path / "whole", console=quiet())
-    with pytest.raises(Interrupted):
-        fit(spec, tmp_path / "stopped", console=quiet(), stop_after=stop)
-    fit(spec, tmp_path / "stopped", console=quiet())
-    assert_same_run(tmp_path / "stopped", tmp_path / "whole")
+    for stop in (3, 10):
+        with pytest.raises(Interrupted):
+            fit(spec, tmp_path / f"stopped{stop}", console=quiet(), stop_after=stop)
+        fit(spec, tmp_path / f"stopped{stop}", console=quiet())
+        assert_same_run(tmp_path / f"stopped{stop}", tmp_path / "whole")
 
 
 def test_two_processes_share_what_they_were_told(tmp_path: Path, one_run: One) -> None:
@@ -196,14 +197,22 @@ def test_two_processes_share_what_they_were_told(tmp_path: Path, one_run: One) -
     assert weights[0] == weights[1]
 
 
+@pytest.fixture(scope="module")
+def whole_and_stopped(one_run: One, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder of one run twice: as it ends, and stopped in its second epoch."""
+    folder, spec = tmp_path_factory.mktemp("cached"), spec_of(one_run, cache_teachers=True)
+    fit(spec, folder / "whole", console=quiet())
+    with pytest.raises(Interrupted):
+        fit(spec, folder / "run", console=quiet(), stop_after=10)
+    return folder
+
+
 @pytest.mark.parametrize("harm", ["cut", "bit", "teacher"])
 def test_what_is_damaged_or_of_another_teacher_is_asked_anew(
-    harm: str, tmp_path: Path, one_run: One, asked: list[int]
+    harm: str, tmp_path: Path, one_run: One, whole_and_stopped: Path, asked: list[int]
 ) -> None:
     spec = spec_of(one_run, cache_teachers=True)
-    fit(spec, tmp_path / "whole", console=quiet())
-    with pytest.raises(Interrupted):
-        fit(spec, tmp_path / "run", console=quiet(), stop_after=10)
+    shutil.copytree(whole_and_stopped, tmp_path, dirs_exist_ok=True)
     path = tmp_path / "run/teacher_logits/KD-1/slot_00000.safetensors"
     content = bytearray(path.read_bytes())
     if harm == "cut":

@@ -27,7 +27,10 @@ def create(name: str, **kwargs) -> nn.Module:
 
 def narrow(name: str, **kwargs) -> nn.Module:
     """Build a network that is narrow enough to run quickly, with its batch norms away from their trivial start."""
-    net = create(name, width=0.25, **kwargs)
+    return shifted(create(name, width=0.25, **kwargs))
+
+
+def shifted(net: nn.Module) -> nn.Module:
     for module in net.modules():
         if isinstance(module, nn.BatchNorm2d):
             nn.init.uniform_(module.running_mean, -0.1, 0.1)
@@ -304,9 +307,17 @@ def test_export_with_a_dynamic_batch(name):
     torch.testing.assert_close(program.module()(images), net(images))
 
 
-@pytest.mark.parametrize("name", SMALL)
-def test_compiles_as_one_graph(name):
-    net = narrow(name)
+# One block of each kind a stage.
+SHALLOW = {
+    "basic": lambda: attar.zoo.CifarResNet((1, 1, 1), width=0.25),
+    "bottleneck": lambda: attar.zoo.CifarResNet((1, 1, 1), bottleneck=True, width=0.25),
+    "wide": lambda: attar.zoo.wide_resnet(10, 2),
+}
+
+
+@pytest.mark.parametrize("make", SHALLOW.values(), ids=SHALLOW.keys())
+def test_compiles_as_one_graph(make):
+    net = shifted(make())
     images = torch.randn(4, 3, 16, 16)
     net(images).sum().backward()
     expected = {key: p.grad for key, p in net.named_parameters()}

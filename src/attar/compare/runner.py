@@ -37,7 +37,13 @@ __all__ = ["Cell", "context", "default_jobs", "lock", "threads_per_run", "train_
 # How a child tells that another process is at its run, and that it was interrupted and has saved itself.
 _BUSY, _INTERRUPTED = 75, 130
 _POLL = 0.5
-_LIBRARIES = ("attar.train", "torchmetrics.classification", "torch.utils.tensorboard", "sklearn.model_selection")
+_LIBRARIES = (
+    "attar.train",
+    "torchmetrics.classification",
+    "torch.utils.tensorboard",
+    "sklearn.datasets",
+    "sklearn.model_selection",
+)
 
 
 @dataclass(frozen=True)

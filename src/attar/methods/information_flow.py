@@ -62,7 +62,8 @@ class InformationFlow(Method):
         eps: of the norms, and of the logarithms of "kl".
         sigma: width of the kernels "rbf" and "cauchy".
         reduction: "official" is the mean over N^2 pairs, "batchmean" N times that.
-        task_weight: what multiplies the student's own supervised loss; 0 as published.
+        task_weight: what multiplies the student's own supervised loss; 0 as published, which
+            learns no classifier by which an epoch could be chosen: keep the last one (`--select last`).
         scope: "world" relates the samples of all processes, "rank" those of each.
 
     Raises:

@@ -65,7 +65,8 @@ class PKT(Method):
         reduction: "official" is the mean over all N^2 pairs, so that half the batch has about four times the loss of a
             row's sum; "batchmean" the mean over rows, which does not: 30000 at 64 images is 469 then.
         supervised: weight of `supervised`, a share of w (0.001 in the authors' experiment on faces); 0: no such term.
-        task_weight: what multiplies the student's own supervised loss.
+        task_weight: what multiplies the student's own supervised loss. With 0 no classifier is learnt, and the hold-out
+            has nothing to choose an epoch by: keep the last one (`--select last`).
         scope: "world" relates the samples of all processes, "rank" those of each.
 
     Raises:

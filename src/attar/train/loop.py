@@ -196,7 +196,10 @@ def _end_epoch(run: Run, home: RunFolder, tracker: Tracker, clock: _Clock, epoch
     measured = {"student": run.evaluate(run.distiller.student, "holdout")}
     if run.ema is not None:
         measured["ema"] = run.evaluate(run.ema.module, "holdout")
-    for selected, metrics in measured.items():
+    if run.spec.select == "last":
+        run.best = {}
+    # A phase trains parts of the network, and mostly not the classifier: what the hold-out says of it means nothing.
+    for selected, metrics in measured.items() if run.distiller.phase is None else ():
         better = (metrics.score, -metrics.nll) > (run.best.get(metrics.primary, -1.0), -run.best.get("nll", 0.0))
         if better:
             run.best = {"epoch": epoch, "step": run.step, "selected": selected, **metrics.as_dict()}
