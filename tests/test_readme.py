@@ -16,6 +16,7 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
+from pictures import write_discs
 from runs import Said, attar_command, python_code, python_script, said_in_child
 
 ROOT = Path(__file__).parent.parent
@@ -61,6 +62,7 @@ def test_some_attar_commands_run_in_a_shell() -> None:
 @pytest.mark.timeout(900)
 def test_every_block_runs_in_order(tmp_path: Path) -> None:
     Image.new("RGB", (40, 30), "orange").save(tmp_path / "photo.jpg")
+    write_discs(tmp_path / "streets")
     for block in REST:
         for done in run(block, tmp_path):
             assert done.returncode == 0, f"{block['code']}\n{done.stdout}\n{done.stderr}"
