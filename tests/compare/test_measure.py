@@ -17,6 +17,7 @@ from attar.compare.records import read_record
 from attar.data import EvalLoader, Normalization, open_source
 from attar.data.corruptions import KINDS, corrupt
 from attar.errors import AttarError
+from attar.tasks import Classification
 from attar.train import evaluate, fit, load_student
 from runs import quiet, tiny
 
@@ -150,7 +151,7 @@ def test_images_that_are_decoded_in_workers_are_corrupted_as_the_student_sees_th
     )
     (one,), (other,) = (measure_corruptions([student], split) for split in (decoded, kept))
     assert one == other
-    assert one["clean"] == evaluate(student.network, decoded, normalization, 10).top1
+    assert one["clean"] == evaluate(student.network, decoded, normalization, Classification(10)).score
 
 
 def test_refusals(home: Path, tmp_path: Path) -> None:

@@ -25,14 +25,15 @@ from attar.compare import pictures
 from attar.compare.analysis import analyse
 from attar.compare.columns import DENSE_COLUMNS
 from attar.compare.groups import tuning
-from attar.compare.masks import Masks, spread_positions
-from attar.compare.measure import measure_corruptions
+from attar.compare.masks import Masks, answer_masks, spread_positions
+from attar.compare.measure import decoded_split, measure_corruptions
 from attar.compare.primary import resolution
 from attar.compare.records import Record, read_records
 from attar.compare.report import html_text
 from attar.compare.tables import csv_text, json_text, markdown_text
 from attar.data import open_source
 from attar.data.corruptions import KINDS, corrupt
+from attar.data.splits import part
 from attar.errors import AttarError
 from attar.spec import MethodSpec
 from attar.train import evaluate_run, load_student
@@ -335,6 +336,24 @@ def test_corrupted_images_keep_their_masks(records: dict[tuple[str, int], Record
             union = ((answers == k) | (labels == k)).sum()
             shares += [((answers == k) & (labels == k)).sum() / union] if union else []
         assert found["kinds"][kind][2] == pytest.approx(np.mean(shares), abs=2e-3)  # a pixel may lie on the boundary
+
+
+def test_large_images_are_measured_and_shown_as_the_student_sees_them(
+    records: dict[tuple[str, int], Record], data: Path
+) -> None:
+    """Decoded in workers they must be what is kept decoded of small ones."""
+    kept = open_source(data, task="segmentation").test
+    large = dataclasses.replace(kept, pixels=None, masks=None)
+    one, other = decoded_split(large), decoded_split(kept)
+    assert one.pixels is not None
+    assert one.masks is not None
+    assert np.array_equal(one.pixels, other.pixels)
+    assert np.array_equal(one.masks, other.masks)
+    student, third = load_student(records["plain", 0].folder), np.array([3])
+    masks, known = answer_masks(student, part(one, "test", third), third), records["plain", 0].masks
+    assert known is not None
+    for name in ("images", "truth", "found"):
+        assert np.array_equal(getattr(masks, name)[0], getattr(known, name)[2])
 
 
 @pytest.mark.parametrize(

@@ -33,7 +33,7 @@ from attar.train.timing_loop import processor, time_answers
 if TYPE_CHECKING:
     from rich.console import Console
 
-__all__ = ["first_images", "measure_corruptions", "measure_latency", "measure_runs"]
+__all__ = ["decoded_split", "first_images", "measure_corruptions", "measure_latency", "measure_runs"]
 
 _TOGETHER = 8  # students in memory at a time, for which each corrupted image is made once
 # What decides which test images there are, and how large.
@@ -97,7 +97,7 @@ def measure_corruptions(
     """
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     networks = [student.network.to(device=device, memory_format=torch.channels_last) for student in students]  # type: ignore[call-overload]
-    whole, ranks = _decoded(split), Ranks(0, 1, device)
+    whole, ranks = decoded_split(split), Ranks(0, 1, device)
     assert whole.pixels is not None
 
     def shares(images: Pixels) -> list[float]:
@@ -140,7 +140,7 @@ def _kinds(task: str) -> tuple[str, ...]:
     return tuple(kind for kind in KINDS if not primary(task).dense or kind not in _MOVING)
 
 
-def _decoded(split: Split) -> Split:
+def decoded_split(split: Split) -> Split:
     """Return the split with its images as students see them, uint8 [N, H, W, 3], in its order, and its masks."""
     rows = np.arange(len(split))
     if split.pixels is not None:
@@ -191,7 +191,7 @@ def _keep_masks(folders: Sequence[Path]) -> None:
     for spec, group in _by_images(missing):
         test = build_source(spec).test
         positions = spread_positions(len(test), _SHOWN)
-        shown = _decoded(part(test, "test", positions))
+        shown = decoded_split(part(test, "test", positions))
         for folder in group:
             answer_masks(load_student(folder), shown, positions).save(folder / MASKS)
 
