@@ -151,7 +151,7 @@ class BiFPN(nn.Module):
     @property
     def ends(self) -> list[SeparableBlock]:
         """The blocks that return T_1 .. T_n."""
-        return [self.up_nodes[0], *self.down_nodes]  # type: ignore[list-item]
+        return [self.up_nodes[0], *self.down_nodes]
 
     def forward(self, maps: Sequence[Tensor]) -> list[Tensor]:
         """Return T_1 .. T_n before their last ReLU."""
