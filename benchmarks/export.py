@@ -259,6 +259,8 @@ def random_network(architecture: Architecture) -> nn.Module:
         for parameter in network.parameters():
             if parameter.numel() == max(parameter.shape, default=1):  # scales and shifts, some of them zero or tiny
                 parameter.add_(0.2 * torch.randn_like(parameter))
+            elif not parameter.any():  # some networks' classifiers
+                parameter.normal_(std=0.1)
         norms = [module for module in network.modules() if isinstance(module, nn.modules.batchnorm._BatchNorm)]
         # What its images give them first, since signals of depth would vanish or explode otherwise.
         for norm in norms:
