@@ -37,3 +37,8 @@ def pytest_collection_finish() -> None:
     gc.collect()
     gc.freeze()
     gc.enable()
+
+
+def pytest_unconfigure() -> None:
+    """Let go of it again: what is still frozen at the end is reported as leaked by the bindings that made it."""
+    gc.unfreeze()

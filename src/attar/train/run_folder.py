@@ -27,7 +27,7 @@ __all__ = ["RunFolder", "environment"]
 # In the order of removal: no result without what it tells of, and last the spec, by which a run is recognised.
 _OWN = (
     *("export", "result.json", "predictions.npz", "student", "checkpoints", "teacher_logits", "tensorboard"),
-    *("metrics.jsonl", "environment.json"),
+    *("metrics.jsonl", "environment.json", "measured.json", "failure.json", "masks.npz"),
     "spec.json",
 )
 
