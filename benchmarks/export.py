@@ -90,7 +90,7 @@ def main() -> None:
     study = (time_run, time_network) if options.time else (study_run, study_network)
     of_runs = {run.name: study[0](run, options) for run in options.runs}
     of_networks = {architecture.name: study[1](architecture, options) for architecture in networks}
-    text = written(of_runs, of_networks)
+    text = written(of_runs, {name: found for name, found in of_networks.items() if found})
     if options.markdown is not None:
         kept = options.markdown.read_text(encoding="utf-8") if options.markdown.is_file() else f"# Export\n\n{TABLES}"
         options.markdown.write_text(kept.partition(TABLES)[0] + text, encoding="utf-8")

@@ -45,17 +45,35 @@ COLUMNS = ("student", "weights and activations", "top-1", "drop", "agreement", "
 def rows(run: Path, options: argparse.Namespace) -> list[list[str]]:
     """Return a run's rows, from the work folder where they have been found before."""
     path = options.work / f"int8-{run.name}.json"
-    if not path.is_file():
-        found = []
-        for row in measured(run, options):
-            print(f"| {' | '.join(row)} |", file=sys.stderr, flush=True)
-            found.append(row)
-        options.work.mkdir(parents=True, exist_ok=True)
-        write_json(path, found)
-    return [list(row) for row in read_json(path)]
+    options.work.mkdir(parents=True, exist_ok=True)
+    known = read_json(path) if path.is_file() else []
+    if [row[1] for row in known] == kinds(options):
+        return [list(row) for row in known]
+    found: list[tuple[str, ...]] = []
+    for row in measured(run, options, {row[1]: tuple(row) for row in known}):
+        print(f"| {' | '.join(row)} |", file=sys.stderr, flush=True)
+        found.append(row)
+        left = [each for each in known if each[1] not in {one[1] for one in found}]
+        write_json(path, [*found, *left])
+    return [list(row) for row in found]
 
 
-def measured(run: Path, options: argparse.Namespace) -> Iterator[tuple[str, ...]]:
+def kinds(options: argparse.Namespace) -> list[str]:
+    """Return the rows of a run by name, in order."""
+    bound = f"drop of at most {100 * options.most_drop:g} points on hold-out images"
+    spent = "1 epoch" if options.epochs == 1 else f"{options.epochs} epochs"
+    after = [f"{spent} of training for int8 from {lr:g}" for lr in options.lr if options.epochs]
+    return [
+        "float32",
+        *(f"int8, {method}" for method in CALIBRATIONS),
+        "int8, minmax, weights of 8 bits",
+        f"int8, {bound}",
+        *(f"{kind}, after {each}" for each in after for kind in ("float32", "int8")),
+    ]
+
+
+def measured(run: Path, options: argparse.Namespace, known: dict[str, tuple[str, ...]]) -> Iterator[tuple[str, ...]]:
+    names = iter(kinds(options))
     candidate = load_candidate(run, data=options.data)
     if options.images:
         limit = some_of(candidate.source.test, options.images)
@@ -72,44 +90,54 @@ def measured(run: Path, options: argparse.Namespace) -> Iterator[tuple[str, ...]
 
     with tempfile.TemporaryDirectory() as home:
         folder = Path(home)
-        told = _Told(candidate, normalization, options.threads, run.name)
+        told = _Told(candidate, normalization, options.threads, run.name, known)
         plain = folder / "float32.onnx"
         ONNX().write(candidate.network, settings, plain, None)
-        yield told.row("float32", plain)
+        yield told.row(next(names), plain)
         for method in CALIBRATIONS:
             path = folder / f"{method}.onnx"
-            yield told.row(f"int8, {method}", path, lambda: quantize_onnx(plain, path, calibration, method=method))  # noqa: B023
+            yield told.row(next(names), path, lambda: quantize_onnx(plain, path, calibration, method=method))  # noqa: B023
         path = folder / "eight.onnx"
-        yield told.row(
-            "int8, minmax, weights of 8 bits", path, lambda: quantize_onnx(plain, path, calibration, weight_bits=8)
-        )
+        yield told.row(next(names), path, lambda: quantize_onnx(plain, path, calibration, weight_bits=8))
         path = folder / "within.onnx"
-        bound = f"drop of at most {100 * options.most_drop:g} points on hold-out images"
         yield told.row(
-            f"int8, {bound}", path, lambda: quantize_within(plain, path, calibration, accuracy, options.most_drop)
+            next(names), path, lambda: quantize_within(plain, path, calibration, accuracy, options.most_drop)
         )
-        if options.epochs:
+        for lr in options.lr if options.epochs else ():
+            pair = next(names), next(names)
+            if all(kind in known for kind in pair):
+                yield from (known[kind] for kind in pair)
+                continue
             began = time.perf_counter()
-            network = quantization_aware(candidate, epochs=options.epochs, lr=options.lr, console=Console(stderr=True))
+            network = quantization_aware(candidate, epochs=options.epochs, lr=lr, console=Console(stderr=True))
             spent = time.perf_counter() - began
             learnt = folder / "aware.onnx"
             ONNX().write(network, settings, learnt, None)
-            kind = f"after {options.epochs} epochs of quantisation-aware distillation"
-            yield told.row(f"float32, {kind}", learnt, spent=spent)
+            yield told.row(pair[0], learnt, spent=spent)
             path = folder / "aware-int8.onnx"
-            yield told.row(f"int8, {kind}", path, lambda: quantize_onnx(learnt, path, calibration))
+            yield told.row(pair[1], path, lambda: quantize_onnx(learnt, path, calibration))  # noqa: B023
 
 
 class _Told:
     """Measures a student's files, each against the first."""
 
-    def __init__(self, candidate: Candidate, normalization: Normalization, threads: int, name: str) -> None:
+    def __init__(
+        self,
+        candidate: Candidate,
+        normalization: Normalization,
+        threads: int,
+        name: str,
+        known: dict[str, tuple[str, ...]],
+    ) -> None:
+        self.known = known
         self.candidate, self.normalization, self.threads, self.name = candidate, normalization, threads, name
         self.first: Any = None
 
     def row(
         self, kind: str, path: Path, write: Callable[[], dict[str, Any] | None] | None = None, spent: float = 0.0
     ) -> tuple[str, ...]:
+        if kind in self.known and self.first is not None:
+            return self.known[kind]
         began = time.perf_counter()
         found = (write() if write is not None else None) or {}
         spent += time.perf_counter() - began
@@ -133,7 +161,9 @@ def main() -> None:
     parser.add_argument("--calibration", type=int, default=256, help="training images that calibrate")
     parser.add_argument("--most-drop", type=float, default=0.01, help="share of accuracy that int8 may cost")
     parser.add_argument("--epochs", type=int, default=3, help="of quantisation-aware distillation; 0: none")
-    parser.add_argument("--lr", type=float, default=3e-4, help="of its first step")
+    parser.add_argument(
+        "--lr", type=float, nargs="+", default=[5e-5, 3e-4], help="of its first step; several to compare"
+    )
     parser.add_argument("--threads", type=int, default=1, help="of onnxruntime")
     parser.add_argument("--work", type=Path, default=Path("int8-benchmark"), help="where what is known is kept")
     parser.add_argument("--markdown", type=Path, help="where the table goes, below what is there by hand")
