@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import io
-from dataclasses import dataclass, fields
-from pathlib import Path
+from dataclasses import dataclass
+from typing import ClassVar
 
 import numpy as np
 import torch
@@ -12,9 +11,8 @@ from numpy.typing import NDArray
 
 from attar.data import EvalLoader, Normalization, Split
 from attar.data.images import Pixels
-from attar.errors import AttarError
 from attar.train.evaluate import make_task
-from attar.train.files import write_atomically
+from attar.train.predictions import Archive
 from attar.train.student import Student
 
 __all__ = ["MASKS", "Masks", "answer_masks", "spread_positions"]
@@ -23,7 +21,7 @@ MASKS = "masks.npz"
 
 
 @dataclass(frozen=True)
-class Masks:
+class Masks(Archive):
     """A student's answers for n test images, with the images and the truth.
 
     Attributes:
@@ -33,29 +31,12 @@ class Masks:
         found: [n, H, W] uint8, the classes of the highest logits.
     """
 
+    is_kept_as: ClassVar[str] = "as masks: delete it and compare again."
+
     positions: NDArray[np.int64]
     images: Pixels
     truth: Pixels
     found: Pixels
-
-    def save(self, path: Path) -> None:
-        """Write a NumPy archive atomically."""
-        buffer = io.BytesIO()
-        np.savez_compressed(buffer, **{field.name: getattr(self, field.name) for field in fields(self)})
-        write_atomically(path, buffer.getvalue())
-
-    @classmethod
-    def load(cls, path: Path) -> Masks:
-        """Read what `save` wrote.
-
-        Raises:
-            AttarError: the file is missing or damaged.
-        """
-        try:
-            with np.load(path, allow_pickle=False) as stored:
-                return cls(**{field.name: stored[field.name] for field in fields(cls)})
-        except (OSError, ValueError, KeyError, EOFError) as error:
-            raise AttarError(f"'{path}' cannot be read as masks: delete it and compare again.") from error
 
 
 def spread_positions(images: int, count: int) -> NDArray[np.int64]:

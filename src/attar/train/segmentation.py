@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-import io
-from dataclasses import dataclass, fields
-from pathlib import Path
+from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import numpy as np
@@ -15,10 +13,9 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from attar.data import EvalLoader, Normalization, Split
-from attar.errors import AttarError
 from attar.tasks import Task
 from attar.train.distributed import Ranks
-from attar.train.files import write_atomically
+from attar.train.predictions import Archive
 
 __all__ = ["PixelPredictions", "SegmentationMetrics", "measure_pixels"]
 
@@ -64,7 +61,7 @@ class SegmentationMetrics:
 
 
 @dataclass(frozen=True)
-class PixelPredictions:
+class PixelPredictions(Archive):
     """The answers for the N images of a split, in the split's order, as counts of valid pixels.
 
     Attributes:
@@ -78,25 +75,6 @@ class PixelPredictions:
     labelled: NDArray[np.int64]
     found: NDArray[np.int64]
     nll: NDArray[np.float64]
-
-    def save(self, path: Path) -> None:
-        """Write a NumPy archive atomically."""
-        buffer = io.BytesIO()
-        np.savez_compressed(buffer, **{field.name: getattr(self, field.name) for field in fields(self)})
-        write_atomically(path, buffer.getvalue())
-
-    @classmethod
-    def load(cls, path: Path) -> PixelPredictions:
-        """Read what `save` wrote.
-
-        Raises:
-            AttarError: the file is missing or damaged.
-        """
-        try:
-            with np.load(path, allow_pickle=False) as stored:
-                return cls(**{field.name: stored[field.name] for field in fields(cls)})
-        except (OSError, ValueError, KeyError, EOFError) as error:
-            raise AttarError(f"'{path}' cannot be read as predictions: is this a finished run's folder?") from error
 
 
 def measure_pixels(
