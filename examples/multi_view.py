@@ -362,7 +362,7 @@ def controls(arguments: argparse.Namespace, folder: Path, console: Console) -> d
     normalization = Normalization(source.mean, source.std)
 
     def accuracy(network: nn.Module) -> float:
-        return evaluate(network.eval(), source.test, normalization, source.num_classes).top1
+        return evaluate(network.eval(), source.test, normalization, attar.Classification(source.num_classes)).score
 
     def mean(folders: list[Path]) -> float:
         return statistics.fmean(accuracy(load_student(f).network) for f in folders)

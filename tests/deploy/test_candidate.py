@@ -72,7 +72,7 @@ def test_deployables_are_what_the_run_measured(asked: str, name: str | None) -> 
     candidate = load_candidate(run, asked)
     assert candidate.deployable == (name or f"BYOT.{asked}")
     student, source = candidate.student, candidate.source
-    found = evaluate(candidate.network, source.test, Normalization(student.mean, student.std), source.num_classes)
+    found = evaluate(candidate.network, source.test, Normalization(student.mean, student.std), candidate.task)
     measured = candidate.result["deployables"][candidate.deployable]["test"]
     assert found.top1 == measured["top1"]
     assert found.nll == pytest.approx(measured["nll"], rel=1e-6)

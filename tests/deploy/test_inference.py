@@ -30,6 +30,7 @@ from attar.deploy.inference_onnx import Classifier, InferenceError, pixels_of
 from attar.deploy.onnx import ONNX, annotate
 from attar.deploy.packaged import package
 from attar.deploy.report import METADATA, metadata
+from attar.tasks import Classification
 from attar.train import evaluate_run
 from attar.train import fit as train
 from attar.train.evaluate import measure
@@ -106,7 +107,7 @@ def shipped(
         student = load_candidate(home / "run").student
         source = open_source(photos, image_size=request.param)
         normalization = Normalization(student.mean, student.std)
-        _, predictions = measure(student.network, source.test, normalization, len(student.classes))
+        _, predictions = measure(student.network, source.test, normalization, Classification(len(student.classes)))
         assert isinstance(source.test.reader, FileReader)
         paths = [source.test.reader.paths[row] for row in source.test.index]
         yield Shipped(home / "run", exported.folder, photos, paths, predictions, source)

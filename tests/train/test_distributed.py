@@ -18,6 +18,7 @@ import torch
 from attar.data import Normalization, open_source
 from attar.errors import AttarError
 from attar.spec import TrainSpec
+from attar.tasks import Classification
 from attar.train import evaluate, evaluate_run
 from attar.train.distributed import Ranks, join
 from attar.train.models import make_model
@@ -69,7 +70,7 @@ def measure(folder: Path) -> None:
     normalization, network = Normalization(source.mean, source.std), make_model("cifar_resnet20", 10)
     with join() as ranks:
         numbers = [
-            evaluate(network, split, normalization, 10, ranks=ranks).as_dict()
+            evaluate(network, split, normalization, Classification(10), ranks=ranks).as_dict()
             for split in (source.test, source.holdout, source.train)
         ]
     (folder / f"rank{ranks.rank}.json").write_text(json.dumps(numbers))
@@ -84,7 +85,7 @@ def test_uneven_evaluation_equals_one_process(tmp_path: Path) -> None:
     for rank in (0, 1):
         numbers = json.loads((tmp_path / f"rank{rank}.json").read_text())
         for measured, split in zip(numbers, (source.test, source.holdout, source.train), strict=True):
-            alone = evaluate(network, split, Normalization(source.mean, source.std), 10).as_dict()
+            alone = evaluate(network, split, Normalization(source.mean, source.std), Classification(10)).as_dict()
             assert measured == pytest.approx(alone, rel=1e-6)
             assert measured["top1"] == alone["top1"]
             assert measured["top5"] == alone["top5"]
@@ -98,7 +99,7 @@ def measure_few(folder: Path) -> None:
             make_model("cifar_resnet20", 10).eval(),
             source.holdout,
             Normalization(source.mean, source.std),
-            10,
+            Classification(10),
             ranks=ranks,
         )
     (folder / f"rank{ranks.rank}.json").write_text(json.dumps(found.as_dict()))

@@ -16,6 +16,7 @@ from torch import nn
 from attar.data import EvalLoader, Normalization, open_source
 from attar.errors import AttarError
 from attar.spec import TrainSpec
+from attar.tasks import Classification
 from attar.train import evaluate, evaluate_run, load_student
 
 
@@ -31,7 +32,7 @@ def test_metrics_follow_their_definitions() -> None:
         means = torch.stack([images[targets == k].mean(0) for k in range(10)])
         network[1].weight.copy_(means * 0.1)
         network[1].bias.copy_(-means.square().sum(1) * 0.05)
-    metrics = evaluate(network, source.test, normalization, 10)
+    metrics = evaluate(network, source.test, normalization, Classification(10))
     sample = next(iter(EvalLoader(source.test, 10_000, normalization)))
     with torch.no_grad():
         logits = network(sample.images)
@@ -52,7 +53,7 @@ def test_few_classes_have_no_top5_and_modes_are_restored() -> None:
     network = nn.Sequential(nn.Flatten(), nn.BatchNorm1d(192), nn.Linear(192, 10))
     network[1].eval()
     before = {name: value.clone() for name, value in network.state_dict().items()}
-    evaluate(network, source.holdout, Normalization(source.mean, source.std), 10)
+    evaluate(network, source.holdout, Normalization(source.mean, source.std), Classification(10))
     assert [module.training for module in network] == [True, False, True]
     assert all(torch.equal(before[name], value) for name, value in network.state_dict().items())
 
