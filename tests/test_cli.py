@@ -53,7 +53,7 @@ def test_public_surface_does_not_grow_by_accident() -> None:
     ]
     assert attar.__all__ == [
         *("AttarError", "Batch", "Classification", "Distiller", "Method", "Normalization", "Outputs", "Phase"),
-        *("Probe", "Teacher", "Terms", "functional", "lab", "methods", "testing", "zoo"),
+        *("Probe", "Segmentation", "Teacher", "Terms", "functional", "lab", "methods", "testing", "zoo"),
     ]
 
 
