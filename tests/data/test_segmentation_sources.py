@@ -641,7 +641,7 @@ def test_classification_is_what_it_was_before_masks(make_folder: Any, cache: Pat
 
 def test_real_camvid(real_data: Path) -> None:
     if not (real_data / "camvid-180").is_dir():
-        pytest.skip(f"no CamVid at {real_data / 'camvid-180'}")
+        pytest.skip(f"no CamVid at {real_data / 'camvid-180'}: set ATTAR_DATA")
     source = open_source(f"parquet:{real_data / 'camvid-180'}")
     check(source)
     assert [len(split) for split in source.splits.values()] == [367, 101, 233]

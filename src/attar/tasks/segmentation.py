@@ -69,6 +69,7 @@ class Segmentation(Task):
         self.num_classes = num_classes
         self.ignore_index = ignore_index
         self.class_weights = tuple(class_weights) if class_weights is not None else None
+        self._weights = torch.tensor(self.class_weights) if self.class_weights is not None else None
         self.dice_weight = dice_weight
         self._auxiliary_weight = auxiliary_weight
 
@@ -110,7 +111,10 @@ class Segmentation(Task):
     def loss(self, logits: Tensor, targets: Tensor, label_smoothing: float = 0.0) -> Tensor:
         """Return the mean over valid pixels of the cross-entropy, and the Dice loss where it has a weight."""
         logits = full_precision(logits)
-        weights = logits.new_tensor(self.class_weights) if self.class_weights is not None else None
+        if self._weights is not None and self._weights.device != logits.device:
+            # Once: a copy from the host in every step would wait for the device.
+            self._weights = self._weights.to(logits.device)
+        weights = self._weights.to(logits.dtype) if self._weights is not None else None
         total = F.cross_entropy(
             logits,
             targets,
