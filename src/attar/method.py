@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from attar.anatomy import Anatomy, Kept, Tap
+from attar.functional import average_pool
 from attar.sampling import Sampling
 from attar.tasks import Task
 from attar.teacher import Normalization, Teacher
@@ -122,7 +123,7 @@ class Outputs:
             return self.values[self.anatomy.embedding]  # type: ignore[no-any-return]
         # Not `stages`, which a method may not have asked for.
         deepest: Tensor = self.values[self.anatomy.stages[-1].tap]
-        return deepest.mean(dim=(2, 3))
+        return average_pool(deepest)
 
 
 @dataclass(frozen=True)

@@ -12,6 +12,7 @@ from torch import Tensor, compiler, nn
 
 from attar.anatomy import Anatomy, Recorder, Stage, Tap, overwritten, survey
 from attar.errors import AttarError
+from attar.functional import average_pool
 from attar.tasks import Task
 from attar.teacher import Normalization, Teacher
 
@@ -229,7 +230,7 @@ class TeacherStages:
         embedding = None
         if self._embedding is not None:
             embedding = values[self._embedding]
-            embedding = embedding.mean(dim=(2, 3)) if self._pooled else embedding
+            embedding = average_pool(embedding) if self._pooled else embedding
         return Reading([values[tap] for tap in self._taps], embedding, answer if self._logits else None)
 
 

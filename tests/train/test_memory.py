@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import platform
+import resource
+import subprocess
+import sys
+
 import pytest
 import torch
 
-from attar.train.memory import memory_format
+from attar.train.memory import keep_freed_memory, memory_format
 from attar.train.models import make_model
 
 CPU = torch.device("cpu")
@@ -43,3 +48,33 @@ def test_gradients_in_the_chosen_format_are_right(width: float) -> None:
     torch.nn.functional.cross_entropy(exact(images.double()), labels).backward()
     for (name, one), other in zip(network.named_parameters(), exact.parameters(), strict=True):
         assert torch.allclose(one.grad.double(), other.grad, atol=1e-3), name
+
+
+FAULTS = """
+import resource, sys, torch
+from attar.train.memory import keep_freed_memory
+if sys.argv[1] == "keep":
+    assert keep_freed_memory()
+def step():
+    return [torch.ones(1 << 20) for _ in range(50)]  # 200 MiB
+step()
+before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+step()
+print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
+"""
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="only glibc's allocator is told")
+def test_freed_memory_is_taken_again_without_page_faults() -> None:
+    def faults(how: str) -> int:
+        command = [sys.executable, "-c", FAULTS, how]
+        return int(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
+
+    pages = 50 * (4 << 20) // resource.getpagesize()
+    assert faults("leave") > pages // 2
+    assert faults("keep") < pages // 50
+
+
+def test_other_systems_are_left_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "platform", "darwin")
+    assert not keep_freed_memory()

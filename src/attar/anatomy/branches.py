@@ -14,6 +14,7 @@ from attar.anatomy.split import Split, replica, split
 from attar.anatomy.stages import Anatomy
 from attar.anatomy.taps import Recorder, Tap
 from attar.errors import AttarError
+from attar.functional import average_pool
 
 __all__ = [
     "Branch",
@@ -55,7 +56,7 @@ class Branch(nn.Module):
         """Return embedding and logits."""
         logits, values = self._recorder.run(carried)  # type: ignore[arg-type]
         read: Tensor = values[self._inside]
-        return BranchOutput(read if read.ndim == 2 else read.mean(dim=(2, 3)), logits)
+        return BranchOutput(read if read.ndim == 2 else average_pool(read), logits)
 
     def plain(self) -> nn.Module:
         """Return the tail without the hook that reads it: the same tensors in modules of their own."""

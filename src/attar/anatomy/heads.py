@@ -14,6 +14,7 @@ from attar.anatomy.split import split
 from attar.anatomy.stages import Stage
 from attar.anatomy.taps import Tap, to_nchw
 from attar.errors import AttarError
+from attar.functional import average_pool
 
 __all__ = ["AttentionGate", "EarlyExit", "Exit", "ExitEnsemble", "ExitOutput", "early_exits", "separable"]
 
@@ -74,7 +75,7 @@ class Exit(nn.Module):
     def forward(self, x: Tensor, size: tuple[int, int] | None = None) -> ExitOutput:
         """Return map, features and logits; a dense head must be told the images' size (height, width)."""
         deep = self.neck(x)
-        features = deep.mean(dim=(2, 3))
+        features = average_pool(deep)
         if not self.dense:
             return ExitOutput(deep, features, self.classifier(features))
         logits = F.interpolate(self.classifier(deep), size=size, mode="bilinear", align_corners=False)

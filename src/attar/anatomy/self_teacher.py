@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from attar.anatomy.bifpn import BiFPN
 from attar.anatomy.neck import BiFPNNeck, DenseHead
+from attar.functional import average_pool
 
 __all__ = ["DenseSelfTeacher", "SelfTeacher", "pooled"]
 
@@ -45,4 +46,4 @@ class DenseSelfTeacher(nn.Module):
 
 def pooled(refined: Sequence[Tensor]) -> Tensor:
     """Return the mean over positions of the deepest refined map, [N, d_n]."""
-    return refined[-1].relu().mean(dim=(2, 3))
+    return average_pool(refined[-1].relu())

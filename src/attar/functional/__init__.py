@@ -23,6 +23,7 @@ from attar.functional.logits import (
 )
 from attar.functional.mmd import linear_mmd
 from attar.functional.neighbours import nearest, squared_distances
+from attar.functional.pooling import average_pool
 from attar.functional.similarity import batch_similarity, similarity_distance
 from attar.functional.world import gathered, rank_and_world
 
@@ -32,6 +33,7 @@ __all__ = [
     "Psi",
     "attention_map",
     "attention_transfer",
+    "average_pool",
     "batch_similarity",
     "codistillation_loss",
     "collaborative_target",

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from attar.anatomy import Anatomy, Split, Stage, Tap, replica, split, to_nchw
 from attar.anatomy.branches import BranchNetwork
 from attar.errors import AttarError
-from attar.functional import full_precision, gated_logits, kl_divergence, sigmoid_ramp
+from attar.functional import average_pool, full_precision, gated_logits, kl_divergence, sigmoid_ramp
 from attar.method import Batch, Method, Outputs, Probe
 
 __all__ = ["ONE", "Gate", "NativeEnsemble"]
@@ -35,7 +35,7 @@ class Gate(nn.Module):
 
     def forward(self, features: Tensor) -> Tensor:
         """Return g [N, B] for shared features [N, C, H, W]."""
-        scores = self.linear(features.mean(dim=(2, 3)))
+        scores = self.linear(average_pool(features))
         if isinstance(self.norm, nn.BatchNorm1d) and self.training and scores.shape[0] == 1:
             norm = self.norm
             scores = nn.functional.batch_norm(

@@ -27,7 +27,7 @@ from attar.train.build import build_methods, build_model, build_source, build_ta
 from attar.train.cost import PeakMemory
 from attar.train.distributed import Ranks
 from attar.train.evaluate import EVAL_BATCH, Metrics, evaluate
-from attar.train.memory import memory_format
+from attar.train.memory import keep_freed_memory, memory_format
 from attar.train.meter import Meter, advice
 from attar.train.precision import resolved
 from attar.train.run_folder import RunFolder
@@ -90,6 +90,8 @@ class Run:
         Raises:
             AttarError: the data, the model, a method or an option is refused.
         """
+        if ranks.device.type == "cpu":
+            keep_freed_memory()
         peak_memory = PeakMemory(ranks.device)
         source = ranks.first_then_others(lambda: build_source(spec))
         # From here to the built distiller everything draws from this seed: the student first, so that runs of one seed

@@ -7,11 +7,14 @@ from collections.abc import Sequence
 from typing import Any
 
 from timm.layers import create_classifier
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 
 from attar.errors import AttarError
+from attar.functional import average_pool
 
 __all__ = ["BasicBlock", "Bottleneck", "CifarNet", "CifarResNet", "cifar_resnet", "per_stage", "scaled"]
+
+fx.wrap("average_pool")  # it looks at the layout in memory, which a symbolic trace has not
 
 
 def scaled(channels: int, width: float) -> int:
@@ -93,6 +96,13 @@ def _projection(inputs: int, outputs: int, stride: int) -> nn.Module:
     return nn.Sequential(nn.Conv2d(inputs, outputs, 1, stride, bias=False), nn.BatchNorm2d(outputs))
 
 
+class _AveragePool(nn.Module):
+    """Maps [N, C, H, W] -> [N, C, 1, 1], with a gradient that is channels-last where the map is."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return average_pool(x)[:, :, None, None]
+
+
 class CifarNet(nn.Module, ABC):
     """What every network here shares with timm's: features, then global pool, dropout and a linear classifier `fc`.
 
@@ -122,6 +132,8 @@ class CifarNet(nn.Module, ABC):
         self.num_classes = num_classes
         pool = self.global_pool.pool_type if global_pool is None else global_pool
         self.global_pool, self.fc = create_classifier(self.num_features, num_classes, pool_type=pool)
+        if pool == "avg":
+            self.global_pool.pool = _AveragePool()
 
     @abstractmethod
     def forward_features(self, x: Tensor) -> Tensor:
