@@ -11,7 +11,7 @@ from PIL import Image
 VOID = 255
 
 
-def write_discs(home: Path, *, train: int = 16, test: int = 7) -> None:
+def write_discs(home: Path, *, train: int = 16, test: int = 7, void: int = VOID) -> None:
     """Write images of 32 x 48: a bright disc (class 1) on a dark ground (0), two void columns; class 2 is rare."""
     rng = np.random.default_rng(0)
     y, x = np.mgrid[:32, :48]
@@ -24,7 +24,7 @@ def write_discs(home: Path, *, train: int = 16, test: int = 7) -> None:
             if number == 0:
                 mask[3:5, 3:5] = 2
             image = rng.integers(0, 90, (32, 48, 3)) + 120 * (mask[..., None] == 1)
-            mask[:, :2] = VOID
+            mask[:, :2] = void
             Image.fromarray(image.astype(np.uint8)).save(home / split / "images" / f"{number:02}.png")
             Image.fromarray(mask).save(home / split / "masks" / f"{number:02}.png")
     (home / "classes.json").write_text(json.dumps({"names": ["ground", "disc", "mark"]}))

@@ -51,6 +51,15 @@ class TrainSpec(_Spec):
         str,
         Field(description="digits, a torchvision data set, a folder of class folders, parquet:DIR or hf:OWNER/NAME."),
     ]
+    image_column: Annotated[
+        str | None, Field(description="Column of the images in Hugging Face or parquet data, when it cannot be told.")
+    ] = None
+    label_column: Annotated[str | None, Field(description="Column of the labels, likewise (coarse_label).")] = None
+    mask_column: Annotated[str | None, Field(description="Segmentation: column of the masks, likewise.")] = None
+    ignore_index: Annotated[
+        int | None,
+        Field(ge=0, description="Segmentation: value of void pixels; default: what classes.json says, else 255."),
+    ] = None
     task: Annotated[
         Literal["classification", "segmentation"],
         Field(description="What the labels are: classes of images, or of pixels."),
@@ -130,6 +139,11 @@ class TrainSpec(_Spec):
         if isinstance(values, Mapping) and values.get("optimizer") == "adamw":
             return {"lr": 1e-3, "weight_decay": 0.05, **values}
         return values
+
+    def opening(self) -> dict[str, Any]:
+        """Return how the images are to be opened: arguments of `attar.data.open_source`, but name, size and task."""
+        columns = ("image_column", "label_column", "mask_column", "ignore_index")
+        return {name: getattr(self, name) for name in ("holdout", "split_seed", "skip_bad_images", *columns)}
 
     def fingerprint(self) -> str:
         """A short name for everything in the spec that the result depends on.

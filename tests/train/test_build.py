@@ -14,9 +14,10 @@ from torch import nn
 from attar.errors import AttarError
 from attar.methods import DML, KD, ONE
 from attar.spec import TrainSpec
-from attar.train import build_methods, build_model, build_source, load_teacher
+from attar.train import build_methods, build_model, build_source, evaluate_run, fit, load_student, load_teacher
 from attar.train.models import make_model
-from runs import tiny
+from pictures import write_discs
+from runs import quiet, tiny
 
 
 @pytest.mark.parametrize(
@@ -145,3 +146,32 @@ def test_train_limit_is_stratified_and_fixed() -> None:
         whole.train.targets[position[index]] == target
         for index, target in zip(source.train.index, source.train.targets, strict=True)
     )
+
+
+def test_a_run_reads_the_column_it_names_and_so_does_its_evaluation(tmp_path: Path) -> None:
+    from datasets import Dataset, Features, Value
+    from datasets import Image as ImageFeature
+    from PIL import Image
+
+    rng = np.random.default_rng(0)
+    pictures = [Image.fromarray(rng.integers(0, 256, (8, 8, 3), np.uint8)) for _ in range(40)]
+    kinds = Features({"image": ImageFeature(), "fine_label": Value("int64"), "coarse_label": Value("int64")})
+    fine = [k % 4 for k in range(40)]
+    rows = {"image": pictures, "fine_label": fine, "coarse_label": [k // 2 for k in fine]}
+    (tmp_path / "table").mkdir()
+    Dataset.from_dict(rows, features=kinds).to_parquet(tmp_path / "table" / "train.parquet")
+    # Without the name the fine labels would be taken.
+    spec = tiny(data=f"parquet:{tmp_path / 'table'}", label_column="coarse_label", train_limit=None, epochs=1, batch=8)
+    result = fit(spec, tmp_path / "run", console=quiet())
+    assert load_student(tmp_path / "run").classes == ("0", "1")
+    assert evaluate_run(tmp_path / "run").as_dict() == result["test"]
+
+
+def test_a_run_of_segmentation_takes_the_void_value_it_names(tmp_path: Path) -> None:
+    write_discs(tmp_path, void=7)
+    fields = {"data": str(tmp_path), "task": "segmentation", "model": "lraspp_mobilenet_v3_large"}
+    assert len(build_source(tiny(**fields, ignore_index=7, train_limit=None)).train) == 14
+    with pytest.raises(AttarError, match="the value 7, but the 3 classes"):
+        build_source(tiny(**fields, train_limit=None))
+    with pytest.raises(AttarError, match="are about masks"):
+        build_source(tiny(ignore_index=7))

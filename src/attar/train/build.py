@@ -107,14 +107,7 @@ def build_task(spec: TrainSpec, num_classes: int) -> Task:
 
 def build_source(spec: TrainSpec) -> Source:
     """Open the spec's images; `train_limit` keeps a stratified part of the training images."""
-    source = open_source(
-        spec.data,
-        image_size=spec.image_size,
-        holdout=spec.holdout,
-        split_seed=spec.split_seed,
-        skip_bad_images=spec.skip_bad_images,
-        task=spec.task,
-    )
+    source = open_source(spec.data, image_size=spec.image_size, task=spec.task, **spec.opening())
     if spec.train_limit is None or spec.train_limit >= len(source.train):
         return source
     return dataclasses.replace(source, train=_limited(source.train, spec.train_limit, spec.split_seed))

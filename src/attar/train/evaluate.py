@@ -240,9 +240,7 @@ def _opened(folder: str | Path, data: str | None, split: str) -> Iterator[tuple[
     spec = TrainSpec.load(home / "spec.json") if (home / "spec.json").is_file() else None
     if data is None and spec is None:
         raise AttarError(f"'{folder}' does not tell its data: give the run's folder, or name the data.")
-    settings: dict[str, Any] = {}
-    if spec is not None:
-        settings = {"skip_bad_images": spec.skip_bad_images, "split_seed": spec.split_seed, "holdout": spec.holdout}
+    settings = {} if spec is None else spec.opening()
     with join() as ranks:
         source = ranks.first_then_others(
             lambda: open_source(
