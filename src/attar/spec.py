@@ -24,6 +24,8 @@ S = TypeVar("S", bound=BaseModel)
 # Fields that may differ between the beginning of a run and its continuation: they change no number of the result.
 FREE = frozenset({"log_every", "checkpoint_seconds"})
 
+_COLUMNS = ("image_column", "label_column", "mask_column")
+
 
 class _Spec(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -142,8 +144,15 @@ class TrainSpec(_Spec):
 
     def opening(self) -> dict[str, Any]:
         """Return how the images are to be opened: arguments of `attar.data.open_source`, but name, size and task."""
-        columns = ("image_column", "label_column", "mask_column", "ignore_index")
-        return {name: getattr(self, name) for name in ("holdout", "split_seed", "skip_bad_images", *columns)}
+        names = ("holdout", "split_seed", "skip_bad_images", *_COLUMNS, "ignore_index")
+        return {name: getattr(self, name) for name in names}
+
+    def on(self, data: str | None) -> TrainSpec:
+        """Return the spec with other images (None: the same), without columns where those are no table."""
+        if data is None or data == self.data:
+            return self
+        table = data.startswith(("parquet:", "hf:"))
+        return self.model_copy(update={"data": data, **({} if table else dict.fromkeys(_COLUMNS))})
 
     def fingerprint(self) -> str:
         """A short name for everything in the spec that the result depends on.

@@ -165,6 +165,13 @@ def test_a_run_reads_the_column_it_names_and_so_does_its_evaluation(tmp_path: Pa
     result = fit(spec, tmp_path / "run", console=quiet())
     assert load_student(tmp_path / "run").classes == ("0", "1")
     assert evaluate_run(tmp_path / "run").as_dict() == result["test"]
+    # A folder has no columns: what the run's own images needed is not asked of it.
+    for k, picture in enumerate(pictures):
+        (tmp_path / "folder" / str(k % 2)).mkdir(parents=True, exist_ok=True)
+        picture.save(tmp_path / "folder" / str(k % 2) / f"{k}.png")
+    assert evaluate_run(tmp_path / "run", data=str(tmp_path / "folder")).images == 8
+    with pytest.raises(AttarError, match=r"is no table, .* leave label_column out"):
+        build_source(tiny(label_column="coarse_label"))
 
 
 def test_a_run_of_segmentation_takes_the_void_value_it_names(tmp_path: Path) -> None:

@@ -14,7 +14,7 @@ from attar.data.masks import VOID, ClassNames, MaskCoding, MaskedOrigin, MaskedR
 from attar.data.pairs import open_pairs
 from attar.data.reader import digest
 from attar.data.scan import Progress, Scan
-from attar.data.splits import Source, Split, asked_size, native_sizes, part, statistics
+from attar.data.splits import Source, Split, asked_size, native_sizes, part, refuse_columns, statistics
 from attar.data.torchvision_masks import TORCHVISION_MASK_NAMES, open_torchvision_masks
 from attar.errors import AttarError, did_you_mean
 
@@ -137,6 +137,7 @@ def _open_origin(
         return open_masked_parquet(Path(rest).expanduser(), root, image_column, mask_column, classes, ignore_index)
     if colon and kind == "hf":
         return open_masked_hub(rest, image_column, mask_column, classes, ignore_index)
+    refuse_columns(name, image_column=image_column, mask_column=mask_column)
     path = Path(name).expanduser()
     if path.is_dir():
         return open_pairs(path, classes, ignore_index)

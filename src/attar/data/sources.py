@@ -15,7 +15,7 @@ from attar.data.masked_sources import open_masked_source
 from attar.data.masks import ClassNames
 from attar.data.reader import Origin, Reader, check_labels, digest
 from attar.data.scan import Progress, Scan
-from attar.data.splits import Source, Split, asked_size, native_sizes, part, statistics
+from attar.data.splits import Source, Split, asked_size, native_sizes, part, refuse_columns, statistics
 from attar.data.torchvision_sets import TORCHVISION_NAMES, open_torchvision
 from attar.errors import AttarError, did_you_mean, unknown_name
 
@@ -147,6 +147,7 @@ def _open_origin(name: str, root: Path, data_root: Path, image_column: str | Non
         return open_parquet(Path(rest).expanduser(), root, image_column, label_column)
     if colon and kind == "hf":
         return open_hub(rest, image_column, label_column)
+    refuse_columns(name, image_column=image_column, label_column=label_column)
     path = Path(name).expanduser()
     if path.is_dir():
         return open_folder(path)

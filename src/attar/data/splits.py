@@ -15,7 +15,7 @@ from attar.data.reader import Reader
 from attar.data.scan import Scan
 from attar.errors import AttarError
 
-__all__ = ["Source", "Split", "asked_size", "native_sizes", "part", "statistics"]
+__all__ = ["Source", "Split", "asked_size", "native_sizes", "part", "refuse_columns", "statistics"]
 
 _PROBED = 256
 
@@ -133,6 +133,17 @@ def asked_size(asked: int | tuple[int, int]) -> tuple[int, int]:
     if min(size) < 1:
         raise AttarError(f"The image size must be at least 1 pixel a side, not {asked}.")
     return size
+
+
+def refuse_columns(name: str, **columns: str | None) -> None:
+    """Refuse columns of images that are no table.
+
+    Raises:
+        AttarError: naming the first that was given.
+    """
+    given = [option for option, column in columns.items() if column is not None]
+    if given:
+        raise AttarError(f"'{name}' is no table, only parquet:DIR and hf:owner/name are: leave {given[0]} out.")
 
 
 def native_sizes(reader: Reader) -> tuple[tuple[int, int], bool, int]:

@@ -72,7 +72,7 @@ def load_candidate(
     # A network of another kind is asked again; this saves opening the data for a size that cannot be.
     try_size(student.network, size, task)
     # The images that the run trained on, no more: they calibrate, and teach int8.
-    source = build_source(spec.model_copy(update={"data": data or spec.data, "image_size": size}))
+    source = build_source(spec.on(data).model_copy(update={"image_size": size}))
     if source.classes != student.classes:
         raise AttarError(
             f"'{source.name}' has other classes, or in another order, than those the student was trained on "

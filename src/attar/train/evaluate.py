@@ -240,7 +240,7 @@ def _opened(folder: str | Path, data: str | None, split: str) -> Iterator[tuple[
     spec = TrainSpec.load(home / "spec.json") if (home / "spec.json").is_file() else None
     if data is None and spec is None:
         raise AttarError(f"'{folder}' does not tell its data: give the run's folder, or name the data.")
-    settings = {} if spec is None else spec.opening()
+    settings = {} if spec is None else spec.on(data).opening()
     with join() as ranks:
         source = ranks.first_then_others(
             lambda: open_source(
