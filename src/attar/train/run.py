@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import gc
-import io
 from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -15,12 +13,10 @@ from timm.utils import ModelEmaV3
 from torch import Tensor, nn
 
 from attar.anatomy import Kept
-from attar.anatomy.split import redraw_
 from attar.data import EvalLoader, Loader, Normalization, Sample, Source, augmentation, make_sampler
-from attar.data.hashing import hash_counters
 from attar.distiller import Distiller
 from attar.errors import AttarError
-from attar.method import Batch, Method
+from attar.method import Batch
 from attar.sampling import ClassPairs
 from attar.spec import TrainSpec
 from attar.train.build import build_methods, build_model, build_source, build_task
@@ -30,6 +26,7 @@ from attar.train.evaluate import EVAL_BATCH, Metrics, evaluate
 from attar.train.memory import keep_freed_memory, memory_format
 from attar.train.meter import Meter, advice
 from attar.train.precision import resolved
+from attar.train.replicas import draw_apart, gathered, of_first, own_part, own_replicas
 from attar.train.run_folder import RunFolder
 from attar.train.schedule import make_optimizer, make_schedule
 from attar.train.segmentation import SegmentationMetrics
@@ -38,7 +35,6 @@ from attar.train.tracking import Tracker
 
 __all__ = ["Run", "batch_of"]
 
-_REPLICA = 5  # separates the first weights of the replicas of several processes from other draws of the same seed
 _COMPILE_REPAYS = 1000  # steps from which on compiling for minutes is worth it on a GPU
 
 
@@ -104,9 +100,9 @@ class Run:
         task, normalization = build_task(spec, source.num_classes), Normalization(source.mean, source.std)
         distiller = Distiller(student, methods, task, normalization=(source.mean, source.std), stages=spec.stages)
         distiller.build(torch.randn(2, 3, *source.image_size, device=ranks.device), source.train.index_bound)
-        apart = ranks.world > 1 and _own_replicas(distiller)
+        apart = ranks.world > 1 and own_replicas(distiller)
         if apart:
-            _draw_apart(distiller, spec, ranks)
+            draw_apart(distiller, spec, ranks)
         memory = memory_format(distiller, ranks.device, spec.channels_last)  # an auxiliary may forbid it too
         distiller.to(device=ranks.device, memory_format=memory)  # type: ignore[call-overload]
         augment = augmentation(spec.augment or source.default_augmentation, spec.task)
@@ -235,7 +231,7 @@ class Run:
 
     def evaluate(self, network: nn.Module, split: str) -> Metrics | SegmentationMetrics:
         """Measure a network of this run; the first process's batch statistics (or whole student) hold for all."""
-        with self._first(network):
+        with of_first(network, self.ranks, self.apart):
             return evaluate(
                 network,
                 self.source.splits[split],
@@ -243,18 +239,6 @@ class Run:
                 self.distiller.task,
                 ranks=self.ranks,
             )
-
-    @contextmanager
-    def _first(self, network: nn.Module) -> Iterator[None]:
-        """Let all processes have what the first one has, where each has its own only as long as they measure it."""
-        if not self.apart:
-            self.ranks.share(network.buffers())
-            yield
-            return
-        own = {name: value.clone() for name, value in network.state_dict().items()}
-        self.ranks.share(network.state_dict().values())
-        yield
-        network.load_state_dict(own)
 
     def learnt(self) -> dict[str, Any]:
         """Return what the networks have learnt so far."""
@@ -292,7 +276,7 @@ class Run:
         state = {
             **own,
             # What every process has of its own: a student, or what it has summed up for the next line of the history.
-            "replicas": self._gathered(own if self.apart else {"meter": own["meter"]}),
+            "replicas": gathered(own if self.apart else {"meter": own["meter"]}, self.ranks),
             "seconds": self.seconds,
             "best": self.best,
             "means": self.means,
@@ -302,15 +286,6 @@ class Run:
         }
         self.ranks.on_first(lambda: home.checkpoints.save(self.step, state))
         self.saved_step = self.step
-
-    def _gathered(self, own: dict[str, Any]) -> list[dict[str, Any]]:
-        """Return what every process has, on the CPU."""
-        buffer = io.BytesIO()
-        torch.save(own, buffer)
-        return [
-            torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
-            for content in self.ranks.gather(buffer.getvalue())
-        ]
 
     def resume(self, home: RunFolder) -> int:
         """Go on from the newest whole checkpoint; return how many bytes of the history belong to it (0: a new run).
@@ -332,26 +307,13 @@ class Run:
         if self.step % self.steps_per_epoch:
             # First what methods do at an epoch's start, then what they have learnt since.
             self.distiller.epoch_start(self.step // self.steps_per_epoch, self.spec.epochs)
-        own = self._own(state)
+        own = own_part(state, self.ranks, self.apart)
         self.take(own)
         self.optimizer.load_state_dict(own["optimizer"])
         self.meter.load_state_dict(own["meter"])
         self.seconds, self.best = state["seconds"], state["best"]
         self.means, self.weights = state["means"], state["weights"]
         return int(state["history"])
-
-    def _own(self, state: dict[str, Any]) -> dict[str, Any]:
-        """Return the part of a checkpoint that belongs to this process."""
-        replicas: list[dict[str, Any]] = state.get("replicas", [{}])
-        if len(replicas) == self.ranks.world:
-            return {**state, **replicas[self.ranks.rank]}
-        if self.apart:
-            raise AttarError(
-                f"The run has a student in each of {len(replicas)} processes, and there are {self.ranks.world} now: "
-                "start as many as before."
-            )
-        # As many steps, spread otherwise: the means of the epoch under way are the first process's.
-        return state
 
 
 @dataclass(frozen=True)
@@ -365,22 +327,6 @@ class _Holdout:
         loader = EvalLoader(run.source.splits["holdout"], EVAL_BATCH, run.loader.normalization, run.ranks.device)
         for images, targets, _ in loader:
             yield images.contiguous(memory_format=run.memory), targets
-
-
-def _own_replicas(distiller: Distiller) -> bool:
-    return any(isinstance(method, Method) and method.own_replica for method in distiller.methods.values())
-
-
-def _draw_apart(distiller: Distiller, spec: TrainSpec, ranks: Ranks) -> None:
-    """Let the students of the processes begin with different weights, unless they all are to begin with given ones."""
-    if distiller.may_reshape:
-        raise AttarError(
-            "Every process trains a student of its own, which cannot change its widths: leave one of the methods out."
-        )
-    if ranks.rank > 0 and spec.weights is None:
-        torch.manual_seed(int(hash_counters(spec.seed, _REPLICA, ranks.rank)[0]) >> 1)
-        with torch.no_grad():
-            redraw_(distiller.student)
 
 
 def _step_module(
