@@ -116,7 +116,8 @@ def test_training_rounds_what_the_int8_file_rounds(weight_bits: int, tmp_path: P
     answered = session.run(None, {session.get_inputs()[0].name: images})[0]
     rounding = np.linalg.norm(answered - exact)
     assert rounding > 0
-    assert np.linalg.norm(told - answered) < 0.35 * rounding
+    # Roundings that had nothing to do with each other would be 1.4 of them apart.
+    assert np.linalg.norm(told - answered) < 0.6 * rounding
 
 
 def test_shortcuts_and_projections(tmp_path: Path) -> None:

@@ -190,11 +190,15 @@ def test_a_compiled_run_gives_the_numbers_of_an_eager_one(tmp_path: Path) -> Non
 
 
 def test_the_last_epoch_is_kept_where_it_is_asked_for(tmp_path: Path) -> None:
-    falling: dict[str, Any] = {"epochs": 4, "lr": 1.0, "schedule": "constant", "seed": 4}
-    result = fit(tiny(**falling), tmp_path / "best", console=quiet())
-    held = [line["holdout"]["top1"] for line in lines(tmp_path / "best", "epoch")]
+    # At this rate the last epoch is the best of four in few runs, but in which of them the processor's rounding decides.
+    for seed in range(8):
+        restless: dict[str, Any] = {"epochs": 4, "lr": 1.0, "schedule": "constant", "seed": seed}
+        result = fit(tiny(**restless), tmp_path / f"best{seed}", console=quiet())
+        if result["best_epoch"] < 3:
+            break
     assert result["best_epoch"] < 3  # else the other run would show nothing
+    held = [line["holdout"]["top1"] for line in lines(tmp_path / f"best{seed}", "epoch")]
     assert result["holdout"]["top1"] == max(held)
-    last = fit(tiny(**falling, select="last"), tmp_path / "last", console=quiet())
+    last = fit(tiny(**restless, select="last"), tmp_path / "last", console=quiet())
     assert last["best_epoch"] == 3
     assert last["holdout"]["top1"] == held[-1]

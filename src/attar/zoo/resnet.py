@@ -100,7 +100,7 @@ class _AveragePool(nn.Module):
     """Maps [N, C, H, W] -> [N, C, 1, 1], with a gradient that is channels-last where the map is."""
 
     def forward(self, x: Tensor) -> Tensor:
-        return average_pool(x)[:, :, None, None]
+        return average_pool(x, keepdim=True)
 
 
 class CifarNet(nn.Module, ABC):
