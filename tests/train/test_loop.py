@@ -190,7 +190,7 @@ def test_a_compiled_run_gives_the_numbers_of_an_eager_one(tmp_path: Path) -> Non
 
 
 def test_the_last_epoch_is_kept_where_it_is_asked_for(tmp_path: Path) -> None:
-    # At this rate the last epoch is the best of four in few runs, but in which of them the processor's rounding decides.
+    # At this rate the last epoch is the best of four in few runs; in which of them, the processor's rounding decides.
     for seed in range(8):
         restless: dict[str, Any] = {"epochs": 4, "lr": 1.0, "schedule": "constant", "seed": seed}
         result = fit(tiny(**restless), tmp_path / f"best{seed}", console=quiet())
