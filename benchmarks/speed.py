@@ -226,14 +226,16 @@ def main() -> None:
     if options.markdown:
         import torch
 
+        from attar.train.models import make_model
         from attar.train.precision import resolved
 
+        precision = resolved("auto", torch.device("cpu"), make_model(options.model, 10))
         head = [
             "# Speed",
             "",
             f"`{' '.join(['python', *sys.argv])}`, {datetime.date.today().isoformat()}, {processor()}, "
             f"{os.cpu_count()} processors, torch {torch.__version__}, {options.model}, batch {BATCH}, "
-            f"precision auto = {resolved('auto', torch.device('cpu'))}, {options.rounds} rounds.",
+            f"precision auto = {precision}, {options.rounds} rounds.",
             "",
         ]
         options.markdown.write_text("\n".join([*head, *lines]) + "\n", encoding="utf-8")

@@ -129,15 +129,17 @@ def main() -> None:
     if options.markdown:
         import torch
 
+        from attar.train.models import make_model
         from attar.train.precision import resolved
 
+        precision = resolved("auto", device, make_model(options.model, 10))
         where = torch.cuda.get_device_name(device) if device.type == "cuda" else f"{processor()}, {os.cpu_count()} CPUs"
         head = [
             "# A remembered teacher",
             "",
             f"`{' '.join(['python', *sys.argv])}`, {datetime.date.today().isoformat()}, {where}, torch "
             f"{torch.__version__}, student {options.model}, teacher {options.teacher}, batch {options.batch}, "
-            f"precision auto = {resolved('auto', device)}, {options.rounds} rounds.",
+            f"precision auto = {precision}, {options.rounds} rounds.",
             "",
         ]
         options.markdown.write_text("\n".join([*head, *lines]) + "\n", encoding="utf-8")

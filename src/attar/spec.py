@@ -121,7 +121,7 @@ class TrainSpec(_Spec):
     ] = "step"
 
     precision: Annotated[
-        Literal["auto", "fp32", "bf16"], Field(description="auto: bf16 where the hardware computes in it.")
+        Literal["auto", "fp32", "bf16"], Field(description="auto: bf16 where the network trains faster in it.")
     ] = "auto"
     channels_last: bool = True
     compile: Annotated[Literal["auto", "on", "off"], Field(description="auto: on GPUs, in runs that repay it.")] = (

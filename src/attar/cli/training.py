@@ -58,7 +58,8 @@ def _announce(spec: TrainSpec, folder: Path, console: Console) -> None:
     from attar.train.precision import resolved
 
     source = build_source(spec)
-    parameters = sum(p.numel() for p in build_model(spec, source.num_classes).parameters())
+    student = build_model(spec, source.num_classes)
+    parameters = sum(p.numel() for p in student.parameters())
     batch = min(spec.batch, len(source.train))
     steps = -(-len(source.train) // batch) if spec.keep_last else len(source.train) // batch
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -71,7 +72,7 @@ def _announce(spec: TrainSpec, folder: Path, console: Console) -> None:
         f"{sizes['holdout']} hold-out and {sizes['test']} test images"
         + (f", {len(source.skipped)} unreadable ones skipped" if source.skipped else ""),
         "training": f"{spec.epochs} epochs of {steps} steps of {batch} images, {device.type}, "
-        f"{resolved(spec.precision, device)}",
+        f"{resolved(spec.precision, device, student)}",
         "run": str(folder),
     }
     for name, line in lines.items():

@@ -17,7 +17,6 @@ from attar.errors import AttarError
 from attar.method import Method
 from attar.train.cost import flops, multiply_adds
 from attar.train.evaluate import measure
-from attar.train.precision import resolved
 from attar.train.run import Run
 from attar.train.run_folder import RunFolder
 from attar.train.student import Student, load_student, save_student
@@ -91,7 +90,7 @@ def finish(run: Run, home: RunFolder) -> dict[str, Any]:
         "terms": {name: {"loss": mean, "weight": run.weights[name]} for name, mean in run.means.items()},
         "exportable": refusal is None,
         "export_refusal": refusal,
-        "precision": resolved(spec.precision, ranks.device),
+        "precision": run.precision,
         "device": ranks.device.type,
         "processes": ranks.world,
         "data_fingerprint": source.fingerprint,

@@ -20,7 +20,7 @@ from attar.method import Terms
 from attar.spec import TrainSpec
 from attar.train.distributed import join
 from attar.train.finish import finish
-from attar.train.precision import autocast, resolved
+from attar.train.precision import autocast
 from attar.train.run import Run
 from attar.train.run_folder import RunFolder, environment
 from attar.train.stopping import Interrupted, StopRequest
@@ -67,7 +67,7 @@ def fit(
         run = Run.prepare(spec, ranks)
         about = environment(
             ranks,
-            precision=resolved(spec.precision, ranks.device),
+            precision=run.precision,
             compiled=run.compiled,
             data=run.source.fingerprint,
             images={name: len(split) for name, split in run.source.splits.items()},
@@ -138,7 +138,7 @@ def train_step(run: Run, sample: Sample, seed: int, progress: Tensor) -> Terms:
     run.schedule.step_update(run.step)
     batch = run.batch_of(sample)
     try:
-        with autocast(run.spec.precision, run.ranks.device):
+        with autocast(run.precision, run.ranks.device):
             if run.remembered is not None:
                 run.remembered.fill(batch.images)
             terms: Terms = run.step_module(batch, progress)

@@ -46,6 +46,7 @@ class Run:
         step_module: the distiller, compiled and wrapped for several processes as the spec asks: what a step calls.
         batch: images a step over all processes.
         memory: format of weights and images.
+        precision: what the forward pass computes in: `bf16` or `fp32`.
         step: steps done.
         seconds: spent in training steps, evaluation and saving left out.
         best: of the epochs so far, by the hold-out: `epoch`, `step`, `selected` ("student" or "ema"), metrics.
@@ -68,6 +69,7 @@ class Run:
     loader: Loader
     batch: int
     memory: torch.memory_format
+    precision: str
     meter: Meter
     peak_memory: PeakMemory
     step: int = 0
@@ -141,6 +143,7 @@ class Run:
             loader,
             sampler.batch,
             memory,
+            resolved(spec.precision, ranks.device, student),
             Meter(ranks),
             peak_memory,
             apart=apart,
@@ -212,7 +215,7 @@ class Run:
                 "std": source.std,
                 "augmentation": repr(augment),
                 "seed": self.spec.seed,
-                "precision": resolved(self.spec.precision, self.ranks.device),
+                "precision": self.precision,
             },
         )
 
