@@ -6,6 +6,7 @@ import dataclasses
 import io
 import json
 import os
+import re
 from pathlib import Path
 from statistics import fmean, stdev
 from typing import Any
@@ -78,6 +79,9 @@ def test_every_recipe_runs_at_small_scale(name, shared):
     assert "SMALL SCALE, comparable with nothing" in said
     assert "not comparable" in said
     assert all(figure.known in said for figure in recipe.published)
+    searches = any(figure.metric.startswith("mAP") for figure in recipe.published)
+    for label in answer.folders:  # a search takes minutes at full scale: every run's is told as it comes
+        assert (re.search(rf"{re.escape(label)}, seed 0: mAP [\d.]+% \(cosine\)", said) is not None) is searches
 
 
 def test_a_teacher_is_trained_first_and_taught_with(shared):

@@ -121,7 +121,7 @@ def reproduce(
     answer = Reproduction(
         chosen,
         seeds,
-        tuple(_figures(chosen, cells)),
+        tuple(_figures(chosen, cells, console)),
         tuple(_failures(cells)),
         {label: tuple(cell.folder for cell in group) for label, group in cells.items()},
     )
@@ -198,14 +198,14 @@ def _taught(spec: TrainSpec, teacher: Path | None) -> tuple[MethodSpec, ...]:
     return tuple(methods)
 
 
-def _figures(recipe: Recipe, cells: Mapping[str, Sequence[Cell]]) -> list[Figure]:
+def _figures(recipe: Recipe, cells: Mapping[str, Sequence[Cell]], console: Console) -> list[Figure]:
     """Return every published figure with what was measured, and the top-1 of whatever nobody published."""
     metric = recipe.published[0].metric if recipe.published else "top-1 error"
     figures = []
     for label, group in cells.items():
         published = [figure for figure in recipe.published if figure.run == label]
         searched = any(figure.metric in _DISTANCES for figure in recipe.published)
-        results = [_result(cell.folder, searched) for cell in group if cell.finished]
+        results = [_result(cell, searched, console) for cell in group if cell.finished]
         networks = dict.fromkeys(("student", *(name for result in results for name in result["deployables"])))
         for network in networks:
             own = [figure for figure in published if figure.network == network]
@@ -230,10 +230,15 @@ _TOP1: dict[Metric, Callable[[float], float]] = {
 _DISTANCES: dict[Metric, str] = {"mAP (cosine)": "cosine", "mAP (euclidean)": "euclidean"}
 
 
-def _result(folder: Path, searched: bool) -> dict[str, Any]:
+def _result(cell: Cell, searched: bool, console: Console) -> dict[str, Any]:
     """Return what a run has measured, with its student's retrieval where a figure is about that."""
-    result: dict[str, Any] = read_json(folder / "result.json")
-    return {**result, "retrieval": retrieve_run(folder)} if searched else result
+    result: dict[str, Any] = read_json(cell.folder / "result.json")
+    if not searched:
+        return result
+    found = retrieve_run(cell.folder)
+    scores = ", ".join(f"{score.batch_interpolated_map:.2%} ({distance})" for distance, score in found.items())
+    console.print(f"{cell}: mAP {scores}", markup=False, soft_wrap=True)
+    return {**result, "retrieval": found}
 
 
 def _measured(results: Sequence[dict[str, Any]], network: str, metric: Metric) -> Summary | None:
