@@ -40,16 +40,17 @@ def test_default_options_alone_are_taken_from_a_report() -> None:
         entry("SPKD", -0.16, 0.001),
         entry("SAD", None),
     ]
-    found = read_report({"settings": settings, "entries": entries}, "benchmarks/x.md", "digits")
+    report = {"settings": settings, "entries": entries, "primary": {"name": "mIoU"}}
+    found = read_report(report, "benchmarks/x.md", "digits")
     assert [(row.method, row.verdict) for row in found] == [
         ("ONE", "no evidence"),
         ("KD", "helps"),
         ("SPKD", "hurts"),
     ]
     assert found[0] == Measurement(
-        "ONE", "benchmarks/x.md", "cifar_resnet20 (width 0.5)", "digits", 8, 3, 2.69, 1.69, 3.69, "no evidence"
+        "ONE", "benchmarks/x.md", "cifar_resnet20 (width 0.5)", "digits", 8, 3, "mIoU", 2.69, 1.69, 3.69, "no evidence"
     )
-    assert str(found[0]).startswith("+2.69 points of top-1 over plain training (+1.69 to +3.69), no evidence: ")
+    assert str(found[0]).startswith("+2.69 points of mIoU over plain training (+1.69 to +3.69), no evidence: ")
 
 
 def test_a_report_read_again_replaces_its_rows_and_no_others(tmp_path: Path) -> None:
@@ -57,7 +58,8 @@ def test_a_report_read_again_replaces_its_rows_and_no_others(tmp_path: Path) -> 
     settings = {"model": "resnet18", "model_options": {}, "epochs": 1}
 
     def rows(mean: float, file: str) -> list[Measurement]:
-        return read_report({"settings": settings, "entries": [entry("ONE", mean)]}, file, "digits")
+        report = {"settings": settings, "entries": [entry("ONE", mean)], "primary": {"name": "top-1"}}
+        return read_report(report, file, "digits")
 
     write_measured(rows(0.01, "a.md"), path)
     write_measured(rows(0.02, "b.md"), path)

@@ -24,7 +24,8 @@ class Measurement:
         data: in words.
         epochs: of every run.
         seeds: how many, paired.
-        points: mean difference of test top-1 from plain training, in points.
+        metric: what was compared, on the test images: "top-1" or "mIoU".
+        points: its mean difference from plain training, in points.
         low: lower end of its 95 % interval.
         high: upper end.
         verdict: "helps" or "hurts" where that is more than chance can explain, after the correction for the number of
@@ -37,6 +38,7 @@ class Measurement:
     data: str
     epochs: int
     seeds: int
+    metric: str
     points: float
     low: float
     high: float
@@ -44,7 +46,7 @@ class Measurement:
 
     def __str__(self) -> str:
         return (
-            f"{self.points:+.2f} points of top-1 over plain training ({self.low:+.2f} to {self.high:+.2f}), "
+            f"{self.points:+.2f} points of {self.metric} over plain training ({self.low:+.2f} to {self.high:+.2f}), "
             f"{self.verdict}: {self.model}, {self.data}, {self.epochs} epochs, {self.seeds} seeds ({self.report})"
         )
 
@@ -82,6 +84,7 @@ def read_report(report: dict[str, Any], file: str, data: str) -> list[Measuremen
                 data,
                 report["settings"]["epochs"],
                 len(entry["seeds"]),
+                report["primary"]["name"],
                 points,
                 low,
                 high,
