@@ -101,7 +101,7 @@ def _segmentation_models(name: str) -> _Family:
         import segmentation_models_pytorch as smp
     except ImportError as error:
         raise AttarError(
-            f"Model '{name}' needs the package segmentation-models-pytorch: pip install segmentation-models-pytorch."
+            f"Model '{name}' needs the package segmentation-models-pytorch: pip install 'attar[smp]'."
         ) from error
     known = {kind.__name__: kind for kind in smp.MODEL_ARCHITECTURES_MAPPING.values()}
     short = name.removeprefix(_SMP)
