@@ -182,15 +182,15 @@ def test_differences_are_paired_and_have_the_floor_of_pixels(records: dict[tuple
 
 
 def test_the_resolution_is_one_image_or_the_pixels_of_the_classes(records: dict[tuple[str, int], Record]) -> None:
-    run = records["plain", 0]
-    assert run.predictions is not None
+    stored = records["plain", 0].predictions
+    assert stored is not None
     alone = np.zeros((5, 3), np.int64)
     alone[:, 1] = 20  # one class of 100 pixels: a share of 100
-    answers = dataclasses.replace(run.predictions, labelled=alone)  # type: ignore[type-var]
-    assert resolution(dataclasses.replace(run, predictions=answers)) == pytest.approx(1 / 100)
+    answers = dataclasses.replace(stored, labelled=alone)  # type: ignore[type-var]
+    assert resolution(answers) == pytest.approx(1 / 100)
     alone[0, 2] = 10
     both = math.sqrt(1 / 100**2 + 1 / 10**2) / 2
-    assert resolution(dataclasses.replace(run, predictions=answers)) == pytest.approx(both)
+    assert resolution(answers) == pytest.approx(both)
 
 
 def test_label_smoothing_is_chosen_by_the_miou_of_the_holdout(records: dict[tuple[str, int], Record]) -> None:

@@ -84,6 +84,21 @@ def test_every_recipe_runs_at_small_scale(name, shared):
         assert (re.search(rf"{re.escape(label)}, seed 0: mAP [\d.]+% \(cosine\)", said) is not None) is searches
 
 
+def test_what_a_search_found_is_kept(shared):
+    recipe = recipes.find("indistill_cnn_cifar10")
+    first = recipes.reproduce(recipe, scale="small", out=shared, jobs=JOBS, console=screen())
+    (folder,) = first.folders["plain"]
+    student, away = folder / "student", folder / "away"
+    student.rename(away)  # so that it cannot be searched with again
+    try:
+        console = screen()
+        again = recipes.reproduce(recipe, scale="small", out=shared, jobs=JOBS, console=console)
+    finally:
+        away.rename(student)
+    assert [f.measured for f in again.figures] == [f.measured for f in first.figures]
+    assert "plain, seed 0: mAP" in console.file.getvalue()
+
+
 def test_a_teacher_is_trained_first_and_taught_with(shared):
     answer = recipes.reproduce(
         recipes.find("kd_wrn_40_2_wrn_16_2_cifar100"), scale="small", out=shared, jobs=JOBS, console=screen()

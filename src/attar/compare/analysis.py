@@ -256,7 +256,9 @@ def _against(role: str, rows: Sequence[_Row]) -> dict[str, Contrast]:
     if baseline is None:
         return {}
     others = {row.name: row.scores for row in rows if row.role not in ("plain", role)}
-    return contrasts(others, baseline.scores, resolution(next(iter(baseline.finished.values()))))
+    answers = next(iter(baseline.finished.values())).predictions
+    assert answers is not None
+    return contrasts(others, baseline.scores, resolution(answers))
 
 
 def _entry(

@@ -4,14 +4,11 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 from attar.tasks import Classification, Segmentation
 from attar.train.evaluate import Metrics
+from attar.train.predictions import Predictions
 from attar.train.segmentation import PixelPredictions, SegmentationMetrics
-
-if TYPE_CHECKING:
-    from attar.compare.records import Record
 
 __all__ = ["CLASSIFICATION", "SEGMENTATION", "Primary", "primary", "resolution"]
 
@@ -46,8 +43,8 @@ def primary(task: str) -> Primary:
     return next(one for one in (CLASSIFICATION, SEGMENTATION) if one.task == task)
 
 
-def resolution(run: Record) -> float:
-    """Return the granularity of a finished run's primary metric on the test images, as `contrast` asks for it.
+def resolution(answers: Predictions | PixelPredictions) -> float:
+    """Return the granularity of the primary metric on the images that were answered, as `contrast` asks for it.
 
     Definition: a count rounds the share it stands for by an error of deviation `1 / (N sqrt(12))`, N what is counted.
     An accuracy counts N images. The mean IoU of K classes is a mean of K shares, class k counting at least its L_k
@@ -58,9 +55,7 @@ def resolution(run: Record) -> float:
     IoU, whereas nothing smaller than an image moves an accuracy. What other test images would say, no test of seeds
     tells, in either task.
     """
-    answers = run.predictions
     if isinstance(answers, PixelPredictions):
         pixels = [int(count) for count in answers.labelled.sum(axis=0) if count]
         return math.sqrt(sum(count**-2 for count in pixels)) / len(pixels) if pixels else 0.0
-    assert run.result is not None
-    return float(1 / run.result["test"]["images"])
+    return 1 / len(answers.targets)

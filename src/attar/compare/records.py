@@ -32,7 +32,7 @@ class Record:
         result: `result.json`; None while the run is not finished.
         epochs: the lines of its history that end an epoch.
         predictions: the student's answers for the test images; None while the run is not finished.
-        measured: what was measured on the student afterwards: `latency`, `step`, `corruptions`, `ranges`.
+        measured: what was measured on the student afterwards: `latency`, `step`, `corruptions`, `ranges`, `retrieval`.
         environment: one entry for each time the run was started.
         failure: why it ended without a result, in a sentence.
         exports: what `export.json` says of each of its exports.

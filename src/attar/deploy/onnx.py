@@ -6,21 +6,21 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import nn
 
 from attar.deploy.artefact import Images, Runtime, Settings
 from attar.deploy.candidate import first_line
-from attar.deploy.program import export_program, in_batches, refusal, require, silence
+from attar.deploy.onnx_session import PACKAGES, load_onnx
+from attar.deploy.program import export_program, refusal, require, silence
+from attar.deploy.quantize import quantize_onnx
+from attar.deploy.sensitivity import quantize_within
 from attar.errors import AttarError
 
 __all__ = ["ONNX", "OPSET", "annotate"]
 
 # What torch's exporter writes without converting; later ones are converted from it.
 OPSET = 18
-_PACKAGES = ("onnx", "onnxscript", "onnxruntime")
 _NAME = "ONNX"
 _ANY_NUMBER = 1 << 16  # of images at a time: what torch.export is told; the file knows no bound
 
@@ -42,15 +42,12 @@ class ONNX:
         Raises:
             AttarError: an operator that ONNX has not (named), an unknown opset, a package that is missing.
         """
-        require(_PACKAGES, _NAME, self.extra)
+        require(PACKAGES, _NAME, self.extra)
         opset = settings.options.get("opset", OPSET)
         if not settings.int8:
             _write_float32(network, settings, path, opset)
             return {"opset": opset}
         assert calibration is not None
-        from attar.deploy.quantize import quantize_onnx
-        from attar.deploy.sensitivity import quantize_within
-
         source, own = settings.options.get("float32"), path.with_name(f".{path.name}.float32")
         try:
             if source is None:
@@ -65,44 +62,8 @@ class ONNX:
             own.unlink(missing_ok=True)
 
     def load(self, path: Path, threads: int = 1) -> Runtime:
-        """Load an artefact in onnxruntime, on the CPU; a packaged one takes uint8 images and gives probabilities.
-
-        Raises:
-            AttarError: the file is missing, no ONNX model, or one that onnxruntime cannot run.
-        """
-        require(_PACKAGES, _NAME, self.extra)
-        import onnxruntime
-
-        if not path.is_file():
-            raise AttarError(f"There is no file '{path}': give an exported ONNX model.")
-        options = onnxruntime.SessionOptions()
-        options.intra_op_num_threads = threads
-        options.inter_op_num_threads = 1
-        options.log_severity_level = 3
-        try:
-            session = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
-        except Exception as error:  # onnxruntime's own kinds, which have no common base
-            raise AttarError(f"'{path}' is no ONNX model that onnxruntime can run ({first_line(error)}).") from error
-        return _Session(session)
-
-
-class _Session:
-    """Answers any number of images, however many the file takes at a time."""
-
-    def __init__(self, session: Any) -> None:
-        self._session = session
-        self._input = session.get_inputs()[0]
-        first = self._input.shape[0]
-        self._batch = first if isinstance(first, int) else None
-
-    def __call__(self, images: NDArray[Any]) -> NDArray[np.float32]:
-        if self._batch is None:
-            return self._run(np.ascontiguousarray(images))
-        return in_batches(self._run, images, self._batch, pad=True)
-
-    def _run(self, images: NDArray[Any]) -> NDArray[np.float32]:
-        answer: NDArray[np.float32] = self._session.run(None, {self._input.name: images})[0]
-        return answer
+        """Load an artefact as `load_onnx` does."""
+        return load_onnx(path, threads)
 
 
 def annotate(path: Path, told: Mapping[str, str]) -> None:

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from attar.deploy.artefact import Images
-from attar.deploy.onnx import ONNX
+from attar.deploy.onnx_session import load_onnx
 from attar.deploy.quantize import Calibrated, calibrate
 
 __all__ = ["MOST_LEFT", "quantize_within", "sensitivities"]
@@ -120,13 +120,13 @@ def sensitivities(calibrated: Calibrated, source: Path, images: Images) -> list[
         images: [N, 3, H, W].
     """
     some = images[np.linspace(0, len(images) - 1, min(_ASKED, len(images))).round().astype(np.int64)]
-    logits = ONNX().load(source)(some)
+    logits = load_onnx(source)(some)
     scale = float(np.linalg.norm(logits - logits.mean(axis=0))) or 1.0
     errors = []
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "layer.onnx"
         for layer in calibrated.layers:
             calibrated.write(path, only=layer)
-            errors.append(float(np.linalg.norm(ONNX().load(path)(some) - logits)) / scale)
+            errors.append(float(np.linalg.norm(load_onnx(path)(some) - logits)) / scale)
     order = sorted(range(len(errors)), key=lambda place: -errors[place])
     return [(calibrated.layers[place], errors[place]) for place in order]

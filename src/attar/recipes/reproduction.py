@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from attar.compare.protocol import run_folder
-from attar.compare.records import FAILURE
+from attar.compare.records import FAILURE, measured, remember
 from attar.compare.runner import Cell, train_all
 from attar.compare.statistics import Summary, summary
 from attar.errors import AttarError, unknown_name
@@ -235,8 +235,11 @@ def _result(cell: Cell, searched: bool, console: Console) -> dict[str, Any]:
     result: dict[str, Any] = read_json(cell.folder / "result.json")
     if not searched:
         return result
-    found = retrieve_run(cell.folder)
-    scores = ", ".join(f"{score.batch_interpolated_map:.2%} ({distance})" for distance, score in found.items())
+    found = measured(cell.folder).get("retrieval")
+    if found is None:
+        found = {distance: score.as_dict() for distance, score in retrieve_run(cell.folder).items()}
+        remember(cell.folder, retrieval=found)
+    scores = ", ".join(f"{score['batch_interpolated_map']:.2%} ({distance})" for distance, score in found.items())
     console.print(f"{cell}: mAP {scores}", markup=False, soft_wrap=True)
     return {**result, "retrieval": found}
 
@@ -252,7 +255,7 @@ def _value(result: dict[str, Any], network: str, metric: Metric) -> float | None
         return _TOP1[metric](test["top1"])
     if metric in _DISTANCES:
         scores = result["retrieval"][_DISTANCES[metric]] if network == "student" else None
-        return 100 * scores.batch_interpolated_map if scores is not None else None
+        return float(100 * scores["batch_interpolated_map"]) if scores is not None else None
     if metric == "parameters":
         deployed = result["parameters"]["deployed"]
         return float((deployed if network == "student" else result["deployables"][network]["parameters"]) / 1e6)
