@@ -133,6 +133,53 @@ def test_untraceable_networks_ask_for_a_tail() -> None:
         split(Net(5), "first", torch.randn(2, 3, 32, 32))
 
 
+def test_decisions_by_what_tensors_hold_are_not_frozen() -> None:
+    class Net(HandWritten):
+        def forward(self, images: Tensor) -> Tensor:
+            return super().forward(images if images.mean().item() > 0 else -images)
+
+    with pytest.raises(AttarError, match="cannot be cut at 'first' automatically"):
+        split(Net(5), "first", torch.randn(2, 3, 32, 32))
+
+
+class Padding(nn.Module):
+    """Decides by sizes before the cut and behind it, there by those of a map that batch norm has seen."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.enter = nn.Sequential(nn.Conv2d(3, 4, 3, 2, 1), nn.BatchNorm2d(4))
+        self.middle = nn.Conv2d(4, 4, 3, 2, 1)
+        self.leave = nn.Linear(4, 5)
+
+    def forward(self, images: Tensor) -> Tensor:
+        height, width = images.shape[-2:]
+        if height % 8 or width % 8:
+            raise ValueError("not a multiple of 8")
+        x = self.middle(self.enter(images))
+        if x.size(-1) > 4:
+            x = nn.functional.avg_pool2d(x, 2)
+        return self.leave(x.mean((2, 3)))
+
+
+@pytest.mark.parametrize("side", [16, 32])
+def test_decisions_by_size_are_those_of_the_example_images(side: int) -> None:
+    network = Padding()
+    network.middle.eval()
+    modes = [module.training for module in network.modules()]
+    buffers = {name: value.clone() for name, value in network.named_buffers()}
+    halves = split(network, "enter", torch.randn(2, 3, side, side))
+    assert modes == [module.training for module in network.modules()]
+    assert all(torch.equal(value, buffers[name]) for name, value in network.named_buffers())
+    images = torch.randn(4, 3, side, side)
+    twin = replica(halves.tail)
+    assert torch.equal(halves.tail(*halves.trunk(images)), network(images))
+    twin(*halves.trunk(images))
+    with pytest.raises(AttarError, match="cut with images of one size and is used with another"):
+        twin(*halves.trunk(torch.randn(4, 3, 48 - side, 48 - side)))
+    compiled = torch.compile(twin, fullgraph=True, backend="aot_eager")
+    assert torch.allclose(compiled(*halves.trunk(images)), twin(*halves.trunk(images)))
+
+
 def test_replicas_are_independent() -> None:
     network = HandWritten(5)
     halves = split(network, "first", torch.randn(2, 3, 32, 32))
@@ -159,7 +206,8 @@ def test_redrawing_keeps_every_layers_distribution() -> None:
 
 
 # The rest of them are cut by ONE's contract.
-DENSE = [n for n in DENSE_NETWORKS if n.cheap or n.name in ("pyramid", "torchvision:deeplabv3_mobilenet_v3_large")]
+_CUT_HERE = ("pyramid", "torchvision:deeplabv3_mobilenet_v3_large", "smp:FPN")
+DENSE = [network for network in DENSE_NETWORKS if network.cheap or network.name in _CUT_HERE]
 
 
 @pytest.mark.parametrize("network", DENSE, ids=lambda network: network.name)

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import pytest
-import torch
 from torch import nn
 
 import attar
@@ -32,26 +31,8 @@ METHODS: dict[str, Callable[[int], Method]] = {
     "TfKD": lambda classes: TfKD(),
 }
 
-# Where a method does not apply, and why it says so; everywhere else it must work.
-REFUSED: dict[tuple[str, str], str] = {
-    ("ONE", "smp:FPN"): "FPN cannot be cut at 'encoder.layer4' automatically",  # its forward asks for the images' size
-}
-
 # Compiled in the default run.
 COMPILED = {("ONE", "dilated")}
-
-
-def refusal(name: str, make_method: Callable[[int], Method], network: DenseNetwork) -> type:
-    class Refusal:
-        def test_it_says_why(self) -> None:
-            torch.manual_seed(0)
-            distiller = attar.Distiller(network.make(4), [make_method(4)], attar.Segmentation(4))
-            with pytest.raises(AttarError, match=REFUSED[name, network.name]):
-                distiller.build(torch.randn(2, 3, *network.size))
-
-    Refusal.__name__ = Refusal.__qualname__ = f"Test{name}On_{network.name}"
-    Refusal = pytest.mark.skipif(bool(network.missing), reason=f"needs {network.missing}")(Refusal)
-    return pytest.mark.slow(Refusal)
 
 
 def contract(name: str, make_method: Callable[[int], Method], network: DenseNetwork) -> type[MethodContract]:
@@ -84,7 +65,7 @@ def contract(name: str, make_method: Callable[[int], Method], network: DenseNetw
 
 for _name, _make in METHODS.items():
     for _network in DENSE_NETWORKS:
-        _class = (refusal if (_name, _network.name) in REFUSED else contract)(_name, _make, _network)
+        _class = contract(_name, _make, _network)
         globals()[_class.__name__] = _class
 del _class
 

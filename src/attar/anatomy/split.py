@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
+from torch.fx.node import has_side_effect
 
 from attar.anatomy.taps import Tap
 from attar.errors import AttarError
@@ -69,16 +70,66 @@ class _CutTracer(fx.Tracer):
     """Traces through the containers of the cut only; every other module stays whole.
 
     What is not traced cannot be traced wrongly: control flow, train/eval switches and shape arithmetic inside the
-    blocks stay the network's own Python.
+    blocks stay the network's own Python. Between the blocks, what the forward decides by sizes is decided as for the
+    example images, and the graph refuses sizes that would have been decided otherwise.
     """
 
-    def __init__(self, cut: str, notrace_functions: Iterable[Callable[..., Any]]) -> None:
+    def __init__(self, cut: str, notrace_functions: Iterable[Callable[..., Any]], images: Tensor) -> None:
         super().__init__(autowrap_functions=tuple(notrace_functions))
+        self._images = images
+        self._asking = False
         parts = cut.split(".")
         self._open = {"network", *("network." + ".".join(parts[:i]) for i in range(1, len(parts)))}
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
         return module_qualified_name not in self._open
+
+    def to_bool(self, obj: fx.Proxy) -> bool:
+        if not _about_sizes(obj.node):
+            return super().to_bool(obj)  # refuses
+        until_here = _trunk(self.root, list(self.graph.nodes), [obj.node])
+        modes = {module: module.training for module in self.root.modules()}
+        until_here.eval()
+        self._asking = True
+        try:
+            with torch.no_grad():
+                (value,) = until_here(self._images)
+        finally:
+            self._asking = False
+            for module, mode in modes.items():
+                module.training = mode
+        self.create_proxy("call_function", _decided, (obj, bool(value)), {})
+        return bool(value)
+
+    # While a forward is traced, every call and every attribute of any module comes by here.
+
+    def call_module(
+        self, m: nn.Module, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> Any:
+        return forward(*args, **kwargs) if self._asking else super().call_module(m, forward, args, kwargs)
+
+    def getattr(self, attr: str, attr_val: Any, parameter_proxy_cache: dict[str, Any]) -> Any:
+        return attr_val if self._asking else super().getattr(attr, attr_val, parameter_proxy_cache)
+
+
+_SIZES = {"size", "dim", "numel", "shape", "ndim"}
+
+
+def _about_sizes(node: fx.Node) -> bool:
+    """Whether a value follows from the sizes of tensors: what they hold differs from batch to batch."""
+    asked = node.args[1] if node.op == "call_function" and node.target is getattr else node.target
+    if asked in _SIZES:
+        return True
+    return node.op in ("call_function", "call_method") and all(map(_about_sizes, node.all_input_nodes))
+
+
+@has_side_effect
+def _decided(condition: object, before: bool) -> None:
+    if bool(condition) is not before:
+        raise AttarError(
+            "A network was cut with images of one size and is used with another, for which its forward decides "
+            "otherwise: train on images of one size, or choose a size that every stage divides."
+        )
 
 
 def split(
@@ -92,7 +143,8 @@ def split(
     """Cut a network after the output of the module `cut`.
 
     Definition: `tail(*trunk(x)) == network(x)` to the last bit, in training and in evaluation mode; a cut for which
-    this does not hold on `images` is refused.
+    this does not hold on `images` is refused. What the forward decides by sizes is decided as for `images`; halves that
+    meet others raise AttarError.
 
     Args:
         network: any module of images [N, C, H, W] -> logits.
@@ -110,7 +162,10 @@ def split(
         network.get_submodule(cut)
     except AttributeError as error:
         raise AttarError(f"There is no module '{cut}' in {type(network).__name__} to cut at.") from error
-    halves = _traced_halves(network, cut) if tail is None else Split(cut, _Prefix(network, cut), tail, (Tap(cut),))
+    if tail is None:
+        halves = _traced_halves(network, cut, images)
+    else:
+        halves = Split(cut, _Prefix(network, cut), tail, (Tap(cut),))
     if answer is not None and isinstance(halves.tail, fx.GraphModule):
         halves = replace(halves, tail=_only_answer(network, halves, images, answer))
     if not any(True for _ in halves.tail.parameters()):
@@ -151,9 +206,9 @@ class _Prefix(nn.Module):
         return (caught[0],)
 
 
-def _traced_halves(network: nn.Module, cut: str) -> Split:
+def _traced_halves(network: nn.Module, cut: str, images: Tensor) -> Split:
     try:
-        graph = _trace(network, cut)
+        graph = _trace(network, cut, images)
     except AttarError:
         raise
     except Exception as error:  # torch.fx raises whatever the traced Python raises on a proxy
@@ -175,10 +230,10 @@ def _traced_halves(network: nn.Module, cut: str) -> Split:
     return Split(cut, trunk, tail, taps)
 
 
-def _trace(network: nn.Module, cut: str) -> fx.Graph:
+def _trace(network: nn.Module, cut: str, images: Tensor) -> fx.Graph:
     from timm.models import get_notrace_functions
 
-    graph = _CutTracer(cut, get_notrace_functions()).trace(_Rooted(network))
+    graph = _CutTracer(cut, get_notrace_functions(), images).trace(_Rooted(network))
     for node in graph.nodes:
         if node.op in ("call_module", "get_attr"):
             node.target = str(node.target).removeprefix("network.")
