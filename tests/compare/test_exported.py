@@ -10,6 +10,7 @@ import pytest
 
 from attar.cli import main
 from attar.compare.records import measured, read_records
+from pictures import write_discs
 
 pytest.importorskip("onnxruntime", reason='needs pip install "attar[export]"')
 pytest.importorskip("onnxscript", reason='needs pip install "attar[export]"')
@@ -60,3 +61,20 @@ def test_again_measures_nothing_anew_and_a_refused_export_costs_no_report(
     assert "something that is no export" in said
     assert (measured(untouched), read_records([home])[records.index(records[0])].exports) == before[untouched]
     assert (broken / "export" / "onnx-int8" / "mine.txt").read_text() == "no export"
+
+
+def test_masks_are_compared_by_mean_iou(tmp_path: Path) -> None:
+    write_discs(tmp_path / "data", train=40, test=6)
+    words = "compare plain --task segmentation --model lraspp_mobilenet_v3_large --epochs 2 --batch 8 --lr 0.05"
+    options = f"--precision fp32 --holdout 0.2 --smoothing 0.1 --seeds 1 --jobs 1 --int8 --data {tmp_path / 'data'}"
+    assert main([*words.split(), *options.split(), "--out", str(tmp_path / "home")]) == 0
+    record = next(one for one in read_records([tmp_path / "home"]) if not one.spec.methods)
+    with (tmp_path / "home" / "report.csv").open() as file:
+        table = {row["key"]: row["seed_0"] for row in csv.DictReader(file) if row["role"] == "plain"}
+    (report,) = record.exports
+    assert report["accuracy"]["metric"] == "miou"
+    assert float(table["int8_miou"]) == report["accuracy"]["artefact"]
+    assert float(table["int8_drop"]) == report["int8"]["drop"]
+    assert float(table["outliers"]) == max(each["outliers"] for each in record.measured["ranges"])
+    assert record.measured["ranges"][-1]["tap"] == "logits"
+    assert "int8 mIoU" in (tmp_path / "home" / "report.html").read_text()

@@ -78,8 +78,6 @@ def compare(words: list[str]) -> int:
     command = shlex.join(["attar", "compare", *entries, *words])
     measure = None
     if given["int8"]:
-        if plan.base.task != "classification":
-            raise AttarError(f"Students of {plan.base.task} cannot be exported to int8 yet: leave out --int8.")
         from attar.deploy.program import require
 
         require(("onnx", "onnxscript", "onnxruntime"), "ONNX", "export")  # before hours of training

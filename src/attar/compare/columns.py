@@ -11,6 +11,7 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
+from attar.compare.primary import CLASSIFICATION, SEGMENTATION, Primary
 from attar.compare.records import Record
 from attar.compare.statistics import Summary, summary
 from attar.compare.teachers import teacher_seconds
@@ -189,63 +190,68 @@ _COSTS = (
         "deployment",
     ),
 )
-_EXPORTS = (
-    Column(
-        "onnx_latency",
-        "ONNX latency",
-        "milliseconds",
-        "low",
-        "Median time of the float32 ONNX export for one image on one CPU thread, in onnxruntime.",
-        "deployment",
-    ),
-    Column("onnx_size", "ONNX size", "bytes", "low", "Size of the float32 ONNX export.", "deployment"),
-    Column(
-        "int8_top1",
-        "int8 top-1",
-        "share",
-        "high",
-        "Share of test images whose class the int8 ONNX export names, in onnxruntime.",
-        "deployment",
-    ),
-    Column(
-        "int8_drop",
-        "int8 drop",
-        "share",
-        "low",
-        "Top-1 of the student in float32 less that of its int8 ONNX export.",
-        "deployment",
-    ),
-    Column(
-        "int8_left",
-        "Left in float32",
-        "count",
-        "low",
-        "Nodes of the int8 ONNX export that stay in float32, since they cost too much accuracy in int8.",
-        "deployment",
-    ),
-    Column(
-        "int8_latency",
-        "int8 latency",
-        "milliseconds",
-        "low",
-        "Median time of the int8 ONNX export for one image on one CPU thread, in onnxruntime.",
-        "deployment",
-    ),
-    Column("int8_size", "int8 size", "bytes", "low", "Size of the int8 ONNX export.", "deployment"),
-    Column(
-        "outliers",
-        "Outliers",
-        "number",
-        "low",
-        "Largest magnitude of an activation in times of that which 0.1 % of all reach, at the worst tap.",
-        "deployment",
-    ),
+
+
+def _exports(main: Primary, meaning: str) -> tuple[Column, ...]:
+    """Return what is told of exports, `main` measured on the int8 one, whose meaning that is."""
+    return (
+        Column(
+            "onnx_latency",
+            "ONNX latency",
+            "milliseconds",
+            "low",
+            "Median time of the float32 ONNX export for one image on one CPU thread, in onnxruntime.",
+            "deployment",
+        ),
+        Column("onnx_size", "ONNX size", "bytes", "low", "Size of the float32 ONNX export.", "deployment"),
+        Column(f"int8_{main.key}", f"int8 {main.name}", "share", "high", meaning, "deployment"),
+        Column(
+            "int8_drop",
+            "int8 drop",
+            "share",
+            "low",
+            f"{main.title} of the student in float32 less that of its int8 ONNX export.",
+            "deployment",
+        ),
+        Column(
+            "int8_left",
+            "Left in float32",
+            "count",
+            "low",
+            "Nodes of the int8 ONNX export that stay in float32, since they cost too much accuracy in int8.",
+            "deployment",
+        ),
+        Column(
+            "int8_latency",
+            "int8 latency",
+            "milliseconds",
+            "low",
+            "Median time of the int8 ONNX export for one image on one CPU thread, in onnxruntime.",
+            "deployment",
+        ),
+        Column("int8_size", "int8 size", "bytes", "low", "Size of the int8 ONNX export.", "deployment"),
+        Column(
+            "outliers",
+            "Outliers",
+            "number",
+            "low",
+            "Largest magnitude of an activation in times of that which 0.1 % of all reach, at the worst tap.",
+            "deployment",
+        ),
+    )
+
+
+COLUMNS = (
+    *_QUALITY,
+    *_COSTS,
+    *_exports(CLASSIFICATION, "Share of test images whose class the int8 ONNX export names, in onnxruntime."),
 )
-
-
-COLUMNS = (*_QUALITY, *_COSTS, *_EXPORTS)
-# Of dense tasks there are no exports to measure yet, and counts instead of the answers that agreement would compare.
-DENSE_COLUMNS = (*_DENSE_QUALITY, *_COSTS)
+# Dense tasks keep counts instead of the answers that agreement would compare.
+DENSE_COLUMNS = (
+    *_DENSE_QUALITY,
+    *_COSTS,
+    *_exports(SEGMENTATION, "Mean IoU on the test images of the int8 ONNX export, in onnxruntime."),
+)
 
 
 def figures(runs: Sequence[Record]) -> dict[str, Summary]:
@@ -325,6 +331,19 @@ def _exported(*keys: str, int8: bool) -> Callable[[Record], float | None]:
     return lambda run: at(_export(run, int8=int8), *keys)
 
 
+def _export_measures(main: Primary) -> dict[str, Callable[[Record], float | None]]:
+    return {
+        "onnx_latency": _exported("latency", "one_thread", "median_seconds", int8=False),
+        "onnx_size": _exported("size_bytes", int8=False),
+        f"int8_{main.key}": _exported("accuracy", "artefact", int8=True),
+        "int8_drop": _exported("int8", "drop", int8=True),
+        "int8_left": _left_in_float32,
+        "int8_latency": _exported("latency", "one_thread", "median_seconds", int8=True),
+        "int8_size": _exported("size_bytes", int8=True),
+        "outliers": _outliers,
+    }
+
+
 def _left_in_float32(run: Record) -> float | None:
     left = at(_export(run, int8=True), "int8", "left_in_float32")
     return None if left is None else float(len(left))
@@ -362,14 +381,7 @@ _MEASURES: dict[str, Callable[[Record], float | None]] = {
     "class_spread": _class_spread,
     "corruption_top1": lambda run: at(run.measured, "corruptions", "top1"),
     **_COST_MEASURES,
-    "onnx_latency": _exported("latency", "one_thread", "median_seconds", int8=False),
-    "onnx_size": _exported("size_bytes", int8=False),
-    "int8_top1": _exported("accuracy", "artefact", int8=True),
-    "int8_drop": _exported("int8", "drop", int8=True),
-    "int8_left": _left_in_float32,
-    "int8_latency": _exported("latency", "one_thread", "median_seconds", int8=True),
-    "int8_size": _exported("size_bytes", int8=True),
-    "outliers": _outliers,
+    **_export_measures(CLASSIFICATION),
 }
 _DENSE_MEASURES: dict[str, Callable[[Record], float | None]] = {
     "miou": lambda run: at(run.result, "test", "miou"),
@@ -379,4 +391,5 @@ _DENSE_MEASURES: dict[str, Callable[[Record], float | None]] = {
     "class_spread": lambda run: float(np.nanstd(class_iou(run))),
     "corruption_miou": lambda run: at(run.measured, "corruptions", "miou"),
     **_COST_MEASURES,
+    **_export_measures(SEGMENTATION),
 }

@@ -13,18 +13,20 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from attar.anatomy import Anatomy, Recorder, Tap, overwritten, survey
+from attar.anatomy import Anatomy, Recorder, overwritten, survey
 from attar.data import Normalization
 from attar.deploy.running import load_images, some_of
 from attar.errors import AttarError
 from attar.spec import TrainSpec
+from attar.tasks import Task
 from attar.train import build_source, load_student
+from attar.train.evaluate import make_task
 
 __all__ = ["Range", "activation_ranges", "ranges_of_run", "ranges_text"]
 
 _TAIL = 1e-3  # share of the magnitudes that counts as outliers
-_BATCH = 64
-_IMAGES = 256
+_BATCH = 64 * 224**2  # pixels
+_IMAGES, _DENSE_IMAGES = 256, 32
 
 
 @dataclass(frozen=True)
@@ -67,13 +69,16 @@ class Range:
         return cls(**read)
 
 
-def activation_ranges(network: nn.Module, images: Tensor, anatomy: Anatomy | None = None) -> list[Range]:
+def activation_ranges(
+    network: nn.Module, images: Tensor, anatomy: Anatomy | None = None, task: Task | None = None
+) -> list[Range]:
     """Measure the activations of a network at every stage, at its embedding and at its logits, in evaluation mode.
 
     Args:
-        network: images [N, C, H, W] -> logits [N, K]; its modes are restored.
+        network: images [N, C, H, W] -> whatever `task` finds logits in; its modes are restored.
         images: training images, normalised; where the network is.
         anatomy: of the network; default: as `attar.anatomy.survey` finds it.
+        task: what the network is for; default: classification, for which it returns logits [N, K].
 
     Returns:
         One range per tap, shallow to deep.
@@ -85,7 +90,7 @@ def activation_ranges(network: nn.Module, images: Tensor, anatomy: Anatomy | Non
         raise AttarError("Activation ranges are measured on at least 1 image: give some.")
     modes = {module: module.training for module in network.modules()}
     network.eval()
-    anatomy = anatomy or survey(network, images[:1])[0]
+    anatomy = anatomy or survey(network, images[:1], dense=task is not None and task.dense)[0]
     taps = {stage.name: stage.tap for stage in anatomy.stages}
     if anatomy.embedding is not None:
         taps["embedding"] = anatomy.embedding
@@ -94,20 +99,16 @@ def activation_ranges(network: nn.Module, images: Tensor, anatomy: Anatomy | Non
     seen = {name: _Seen(len(images)) for name in (*taps, "logits")}
     try:
         with torch.no_grad():
-            for part in torch.split(images, _BATCH):
-                _look(recorder, part, taps, seen)
+            for part in torch.split(images, max(1, _BATCH // (images.shape[2] * images.shape[3]))):
+                output, values = recorder.run(part)
+                for name, tap in taps.items():
+                    seen[name].add(values[tap])
+                seen["logits"].add(output if task is None else task.logits(output))
     finally:
         recorder.remove()
         for module, mode in modes.items():
             module.training = mode
     return [each.range(name) for name, each in seen.items()]
-
-
-def _look(recorder: Recorder, images: Tensor, taps: Mapping[str, Tap], seen: Mapping[str, _Seen]) -> None:
-    logits, values = recorder.run(images)
-    for name, tap in taps.items():
-        seen[name].add(values[tap])
-    seen["logits"].add(logits)
 
 
 class _Seen:
@@ -157,18 +158,23 @@ def _ratio(value: float, base: float, same: float = 1.0) -> float:
     return value / base
 
 
-def ranges_of_run(folder: str | Path, images: int = _IMAGES) -> list[Range]:
+def ranges_of_run(folder: str | Path, images: int | None = None) -> list[Range]:
     """Measure the student of a finished run on evenly spaced images it was trained on.
+
+    Args:
+        folder: the run's.
+        images: how many; default: 256, or 32 where there is an answer for every pixel.
 
     Raises:
         AttarError: a folder that holds no finished run, or its data are missing.
     """
     folder = Path(folder)
     student, spec = load_student(folder), TrainSpec.load(folder / "spec.json")
-    chosen = some_of(build_source(spec).train, images)
+    task = make_task(student.task, len(student.classes))
+    chosen = some_of(build_source(spec).train, images or (_DENSE_IMAGES if task.dense else _IMAGES))
     shown = torch.from_numpy(load_images(chosen, Normalization(student.mean, student.std)))
-    anatomy = survey(student.network, shown[:1], spec.stages, len(student.classes))[0]
-    return activation_ranges(student.network, shown, anatomy)
+    anatomy = survey(student.network, shown[:1], spec.stages, len(student.classes), dense=task.dense)[0]
+    return activation_ranges(student.network, shown, anatomy, task)
 
 
 def ranges_text(measured: Mapping[str, Sequence[Sequence[Range]]], baseline: str = "plain") -> str:
