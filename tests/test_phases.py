@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import pytest
 import torch
 from torch import Tensor, nn
@@ -113,6 +115,19 @@ def test_phases_follow_the_shares_of_the_run_and_last_an_epoch_at_least() -> Non
     assert names(4) == ["dictionary", "shallow", "whole", None]
     with pytest.raises(AttarError, match="The 3 phases of Warm take 3 epochs and leave none of 3"):
         names(3)
+
+
+def test_phases_may_have_the_whole_schedule_to_themselves() -> None:
+    class Staged(Warm):
+        @property
+        def phases(self) -> tuple[Phase, ...]:
+            first, second, third = super().phases
+            return first, dataclasses.replace(second, own_schedule=True), third
+
+    distiller = built(Staged())
+    assert distiller.schedule_starts(20) == [0, 2, 6]
+    assert distiller.schedule_starts(4) == [0, 1, 2]
+    assert built(Warm()).schedule_starts(20) == [0]
 
 
 def test_phases_of_several_methods_follow_one_another() -> None:

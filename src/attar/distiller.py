@@ -283,13 +283,25 @@ class Distiller(nn.Module):
         for module, mode in modes.items():
             module.training = mode
 
-    def _phase_at(self, epoch: int, epochs: int) -> int | None:
-        phases = self.phases
+    def schedule_starts(self, epochs: int) -> list[int]:
+        """Return the epochs (0-based) of a run of so many at which the learning rate begins its schedule."""
+        ends = self._phase_ends(epochs)
+        starts = {0}
+        for begin, end, (_, phase) in zip([0, *ends], ends, self.phases, strict=False):
+            if phase.own_schedule:
+                starts |= {begin, end}
+        return sorted(starts)
+
+    def _phase_ends(self, epochs: int) -> list[int]:
         ends: list[int] = []
         share = 0.0
-        for _, phase in phases:
+        for _, phase in self.phases:
             share += phase.share
             ends.append(max(round(share * epochs), ends[-1] + 1 if ends else 1))
+        return ends
+
+    def _phase_at(self, epoch: int, epochs: int) -> int | None:
+        phases, ends = self.phases, self._phase_ends(epochs)
         if ends and ends[-1] >= epochs:
             names = " and ".join(dict.fromkeys(method.name for method, _ in phases))
             raise AttarError(

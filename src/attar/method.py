@@ -165,11 +165,14 @@ class Phase:
         share: of the whole run.
         until: the student's pass ends as soon as these taps are read, and nothing behind them is computed or trained;
             empty: the student does not run at all; None: it runs to its logits.
+        own_schedule: the learning rate runs through its whole schedule in this phase, and begins anew behind it: for
+            papers that train in stages, each like a run of its own.
     """
 
     name: str
     share: float
     until: tuple[Tap, ...] | None = None
+    own_schedule: bool = False
 
 
 class Method(nn.Module):

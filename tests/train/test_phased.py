@@ -64,6 +64,8 @@ def test_phases_follow_one_another_and_a_run_stopped_anywhere_ends_the_same(
     assert [(line.get("phase"), set(line["losses"])) for line in told] == epochs
     steps = lines(tmp_path / "whole", "step")
     assert [step.get("phase") for step in steps] == [phase for phase, _ in epochs for _ in range(len(steps) // 5)]
+    rates = [step["lr"] for step in steps]  # of InDistill the first step warms up; five steps are too few for that
+    assert [i for i in range(1, 25) if rates[i] > rates[i - 1]] == {"InDistill": [1], "SRM": [5, 15]}[name]
     assert set(result["terms"]) == epochs[-1][1]
     fresh = load(str(one_run[0]), 10).network.state_dict()
     assert teachers

@@ -20,10 +20,10 @@ def distiller(model: str = "cifar_resnet20", **options: Any) -> Distiller:
     return Distiller(make_model(model, 10, options), [], Classification(10))
 
 
-def rates(total: int, **fields: Any) -> list[float]:
+def rates(total: int, starts: tuple[int, ...] = (0,), **fields: Any) -> list[float]:
     spec = tiny(lr=0.4, **fields)
     optimizer = make_optimizer(spec, distiller())
-    schedule = make_schedule(spec, optimizer, total)
+    schedule = make_schedule(spec, optimizer, total, starts)
     found = {}
     for step in [*range(total), *reversed(range(total))]:  # in any order: a function of the step alone
         schedule.step_update(step)
@@ -45,6 +45,13 @@ def test_step_and_constant() -> None:
     assert found == pytest.approx([0.4] * 50 + [0.04] * 25 + [0.004] * 25)
     assert rates(10, schedule="constant", warmup=0.2) == pytest.approx([0.4 / 3, 0.8 / 3] + [0.4] * 8)
     assert len(rates(1)) == 1
+
+
+@pytest.mark.parametrize("kind", ["cosine", "step", "constant"])
+def test_stretches_are_schedules_of_their_own(kind: str) -> None:
+    settings: dict[str, Any] = {"schedule": kind, "warmup": 0.1, "milestones": (0.5,), "gamma": 0.1}
+    found = rates(100, (0, 20, 70), **settings)
+    assert found == [*rates(20, **settings), *rates(50, **settings), *rates(30, **settings)]
 
 
 def test_what_is_decayed() -> None:

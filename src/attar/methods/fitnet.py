@@ -63,9 +63,9 @@ class FitNet(Method):
             brings together, or a value out of range.
 
     Source: Romero, Ballas, Kahou, Chassang, Gatta, Bengio, "FitNets: Hints for Thin Deep Nets", ICLR 2015 (arXiv
-    1412.6550), in two stages; the form in one stage and the regressor are HobbitLong/RepDistiller's. Differences: both
-    stages have the run's one optimiser and schedule; the paper's lambda, which decays in its second stage, is not
-    built (its values are not known for certain).
+    1412.6550), in two stages; the form in one stage and the regressor are HobbitLong/RepDistiller's. Differences: each
+    of two stages runs through the whole learning-rate schedule, with one optimiser for both; the paper's lambda, which
+    decays in its second stage, is not built (its values are not known for certain).
     """
 
     not_dense = "its hints have been built for classifiers only (AT and InDistill read the stages of dense networks)"
@@ -140,7 +140,7 @@ class FitNet(Method):
     def phases(self) -> Sequence[Phase]:
         """The first of two stages."""
         taps = dict.fromkeys(stage.tap for guided, _ in self._readers for stage in guided)
-        return [Phase("hint", self.phase, until=tuple(taps))] if self.two_stage else []
+        return [Phase("hint", self.phase, until=tuple(taps), own_schedule=True)] if self.two_stage else []
 
     def phase_losses(self, phase: Phase, outputs: Outputs, batch: Batch) -> dict[str, Tensor]:
         """Return `hint`, weighted."""

@@ -105,9 +105,10 @@ class SRM(Method):
     Source: Tran, Gabbouj, Iosifidis, "Knowledge Distillation By Sparse Representation Matching", 2021 (arXiv
     2103.17012), by the official viebboy/SRM, since the body of the paper was not read. Differences: the teacher is in
     evaluation mode throughout (the official first stage trains its batch norms' statistics); one tensor is tapped in
-    both phases (official ImageNet code taps before the first max-pooling in one and behind it in the other); one
-    optimiser and one learning-rate schedule over all three stages, not a new one for each and after each step of the
-    rate; probabilities are clamped to [1e-7, 1 - 1e-7] in the binary cross-entropy.
+    both phases (official ImageNet code taps before the first max-pooling in one and behind it in the other); each of
+    the three stages runs through the whole learning-rate schedule, but one optimiser keeps its state over all of them,
+    where the official code makes a new one for each and after each step of the rate; probabilities are clamped to
+    [1e-7, 1 - 1e-7] in the binary cross-entropy.
     """
 
     not_dense = "the embedding that classifiers read is one of its taps, and a dense network has none"
@@ -204,8 +205,11 @@ class SRM(Method):
 
     @property
     def phases(self) -> Sequence[Phase]:
-        """The dictionaries, then the student up to its last tap."""
-        return Phase("dictionary", self.shares[0], ()), Phase("initialisation", self.shares[1], self._taps)
+        """The dictionaries, then the student up to its last tap, each like a run of its own."""
+        return (
+            Phase("dictionary", self.shares[0], (), own_schedule=True),
+            Phase("initialisation", self.shares[1], self._taps, own_schedule=True),
+        )
 
     def phase_losses(self, phase: Phase, outputs: Outputs, batch: Batch) -> dict[str, Tensor]:
         """Return `reconstruction`, then `pixel` and `image`."""

@@ -23,7 +23,7 @@ def _run(model: str, epochs: int, *methods: MethodSpec) -> TrainSpec:
         epochs=epochs,
         batch=1280,
         weight_decay=1e-4,
-        milestones=tuple(1 - left / epochs for left in (50, 20, 10)),
+        milestones=(0.5, 0.8, 0.9),
     )
 
 
@@ -46,8 +46,8 @@ def srm_resnet34_resnet18_imagenet() -> Recipe:
         teacher=_run("resnet34", _STAGES[2]),
         notes=(
             "35 epochs for the dictionaries, 80 for the initialisation, 100 of KD, as released; there each stage has "
-            "an optimiser, batch and rate of its own (Adam 1e-3 for the dictionaries, SGD from 0.1 down to 0.0001 for "
-            "the initialisation), here SGD at 0.1 goes through all of them and falls in the last.",
+            "an optimiser and batch of its own (Adam from 1e-3 for the dictionaries), and the rate of the "
+            "initialisation falls after every 20 epochs; here SGD from 0.1 falls after 0.5, 0.8 and 0.9 of each stage.",
             "The released teacher is torchvision's; here it is trained with the last stage's settings, as is the plain "
             "student.",
             "The released augmentation crops at random sizes, with colour jitter and PCA noise; here crop-flip.",

@@ -8,7 +8,6 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
-from timm.scheduler.scheduler import Scheduler
 from timm.utils import ModelEmaV3
 from torch import Tensor, nn
 
@@ -28,7 +27,7 @@ from attar.train.meter import Meter, advice
 from attar.train.precision import resolved
 from attar.train.replicas import draw_apart, gathered, of_first, own_part, own_replicas
 from attar.train.run_folder import RunFolder
-from attar.train.schedule import make_optimizer, make_schedule
+from attar.train.schedule import Schedule, make_optimizer, make_schedule
 from attar.train.segmentation import SegmentationMetrics
 from attar.train.teacher_cache import TeacherCache, refuse_cache, slots
 from attar.train.tracking import Tracker
@@ -64,7 +63,7 @@ class Run:
     step_module: nn.Module
     compiled: bool
     optimizer: torch.optim.Optimizer
-    schedule: Scheduler
+    schedule: Schedule
     ema: ModelEmaV3 | None
     loader: Loader
     batch: int
@@ -138,7 +137,7 @@ class Run:
             step_module,
             compiled,
             optimizer,
-            make_schedule(spec, optimizer, total_steps),
+            _schedule(spec, optimizer, distiller, loader.steps_per_epoch),
             ModelEmaV3(student, spec.ema, use_warmup=True) if spec.ema is not None else None,
             loader,
             sampler.batch,
@@ -190,7 +189,7 @@ class Run:
             gc.collect()
         self.step_module = _step_module(distiller, self.ranks, self.memory, self.compiled, self.apart)
         self.optimizer = make_optimizer(self.spec, distiller)
-        self.schedule = make_schedule(self.spec, self.optimizer, self.total_steps)
+        self.schedule = _schedule(self.spec, self.optimizer, distiller, self.steps_per_epoch)
         if self.spec.ema is not None:
             self.ema = ModelEmaV3(distiller.student, self.spec.ema, use_warmup=True)
         self.best = {}
@@ -330,6 +329,13 @@ class _Holdout:
         loader = EvalLoader(run.source.splits["holdout"], EVAL_BATCH, run.loader.normalization, run.ranks.device)
         for images, targets, _ in loader:
             yield images.contiguous(memory_format=run.memory), targets
+
+
+def _schedule(
+    spec: TrainSpec, optimizer: torch.optim.Optimizer, distiller: Distiller, steps_per_epoch: int
+) -> Schedule:
+    starts = [epoch * steps_per_epoch for epoch in distiller.schedule_starts(spec.epochs) if epoch < spec.epochs]
+    return make_schedule(spec, optimizer, spec.epochs * steps_per_epoch, starts)
 
 
 def _step_module(

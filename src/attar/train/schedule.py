@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from bisect import bisect_right
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -14,7 +16,7 @@ from attar.distiller import Distiller
 from attar.method import Method
 from attar.spec import TrainSpec
 
-__all__ = ["make_optimizer", "make_schedule"]
+__all__ = ["Schedule", "make_optimizer", "make_schedule"]
 
 
 def make_optimizer(spec: TrainSpec, distiller: Distiller) -> torch.optim.Optimizer:
@@ -66,17 +68,40 @@ def _exempt(student: nn.Module) -> set[str]:
     return {f"student.{name}" for name in exempt()} if callable(exempt) else set()
 
 
-def make_schedule(spec: TrainSpec, optimizer: torch.optim.Optimizer, total_steps: int) -> Scheduler:
-    """Return a schedule whose `step_update(step)` sets the rate of that step (0-based), whatever came before.
+class Schedule:
+    """Sets the learning rate of any step, whatever came before.
 
-    Definition: over the first `warmup` share of the run lr (t + 1) / (W + 1); then `cosine` falls to 0 over the rest,
-    `step` multiplies by `gamma` at every milestone's share of the whole run, `constant` stays.
+    Args:
+        stretches: what sets the rate from which step (0-based) on, each counting from there.
     """
-    warmup = round(spec.warmup * total_steps)
+
+    def __init__(self, stretches: Sequence[tuple[int, Scheduler]]) -> None:
+        self._starts, self._parts = zip(*stretches, strict=True)
+
+    def step_update(self, step: int) -> None:
+        """Set the rate of a step (0-based)."""
+        place = bisect_right(self._starts, step) - 1
+        self._parts[place].step_update(step - self._starts[place])
+
+
+def make_schedule(
+    spec: TrainSpec, optimizer: torch.optim.Optimizer, total_steps: int, starts: Sequence[int] = (0,)
+) -> Schedule:
+    """Return the schedule of a run that begins it at `starts` (steps, the first one 0) and goes through it each time.
+
+    Definition: over the first `warmup` share of a stretch lr (t + 1) / (W + 1); then `cosine` falls to 0 over the rest,
+    `step` multiplies by `gamma` at every milestone's share of the whole stretch, `constant` stays.
+    """
+    ends = [*starts[1:], total_steps]
+    return Schedule([(start, _stretch(spec, optimizer, end - start)) for start, end in zip(starts, ends, strict=True)])
+
+
+def _stretch(spec: TrainSpec, optimizer: torch.optim.Optimizer, steps: int) -> Scheduler:
+    warmup = round(spec.warmup * steps)
     common = {"warmup_t": warmup, "warmup_lr_init": spec.lr / (warmup + 1), "t_in_epochs": False}
     if spec.schedule == "cosine":
-        return CosineLRScheduler(optimizer, t_initial=max(total_steps - warmup, 1), warmup_prefix=True, **common)
+        return CosineLRScheduler(optimizer, t_initial=max(steps - warmup, 1), warmup_prefix=True, **common)
     milestones = sorted(spec.milestones) if spec.schedule == "step" else []
     # timm applies a milestone one update early; the rate falls at the step that the share names.
-    falls = [round(share * total_steps) + 1 for share in milestones]
+    falls = [round(share * steps) + 1 for share in milestones]
     return MultiStepLRScheduler(optimizer, decay_t=falls, decay_rate=spec.gamma, warmup_prefix=False, **common)
