@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from dataclasses import asdict, dataclass, fields
 from importlib.resources import files
 from pathlib import Path
@@ -65,26 +66,26 @@ def read_report(report: dict[str, Any], file: str, data: str) -> list[Measuremen
         file: the benchmark file that shows it.
         data: in words.
     """
+    from attar.compare.primary import primary
     from attar.compare.statistics import ALPHA
 
     found = []
     for entry in report["entries"]:
         against = entry["against_plain"]
-        name, _, options = entry["label"].partition("(")
-        own = [option for option in options.rstrip(")").split(",") if option and not option.startswith("teachers=")]
-        if entry["role"] != "method" or own or "+" in name or against is None:
+        alone = re.fullmatch(r"(\w+)(?:\(teachers=[^(),]*\))?", entry["label"])
+        if entry["role"] != "method" or alone is None or against is None:
             continue
         points, low, high = (round(100 * against[key], 2) for key in ("mean", "low", "high"))
         chance = against["p_corrected"] is None or against["p_corrected"] >= ALPHA
         found.append(
             Measurement(
-                name,
+                alone[1],
                 file,
                 report["settings"]["model"] + _options(report["settings"]["model_options"]),
                 data,
                 report["settings"]["epochs"],
                 len(entry["seeds"]),
-                report["primary"]["name"],
+                primary(report["settings"]["task"]).name,
                 points,
                 low,
                 high,
