@@ -373,7 +373,7 @@ def test_the_ensembles_mix_what_their_parts_answer() -> None:
 
 
 class Resizing(nn.Module):
-    """Compares sizes at its top level, which torch.fx cannot follow."""
+    """Decides at its top level by what the images hold, which a trace would freeze."""
 
     def __init__(self, classes: int) -> None:
         super().__init__()
@@ -382,7 +382,7 @@ class Resizing(nn.Module):
 
     def forward(self, images: Tensor) -> Tensor:
         x = self.decoder(self.down2(self.down1(images)))
-        if x.shape[-1] != images.shape[-1]:
+        if images.isfinite().all():
             x = F.interpolate(x, size=images.shape[-2:], mode="bilinear")
         return x
 
