@@ -207,10 +207,14 @@ def test_redrawing_keeps_every_layers_distribution() -> None:
 
 # The rest of them are cut by ONE's contract.
 _CUT_HERE = ("pyramid", "torchvision:deeplabv3_mobilenet_v3_large", "smp:FPN")
-DENSE = [network for network in DENSE_NETWORKS if network.cheap or network.name in _CUT_HERE]
+DENSE = [
+    pytest.param(n, id=n.name, marks=pytest.mark.skipif(bool(n.missing), reason=f"needs {n.missing}"))
+    for n in DENSE_NETWORKS
+    if n.cheap or n.name in _CUT_HERE
+]
 
 
-@pytest.mark.parametrize("network", DENSE, ids=lambda network: network.name)
+@pytest.mark.parametrize("network", DENSE)
 def test_dense_networks_are_cut_inside_and_behind_their_encoder(network: DenseNetwork) -> None:
     """At every stage, the last too, on images of another size; the tail returns the logits alone."""
     torch.manual_seed(0)

@@ -171,7 +171,9 @@ def ranges_of_run(folder: str | Path, images: int | None = None) -> list[Range]:
     folder = Path(folder)
     student, spec = load_student(folder), TrainSpec.load(folder / "spec.json")
     task = make_task(student.task, len(student.classes))
-    chosen = some_of(build_source(spec).train, images or (_DENSE_IMAGES if task.dense else _IMAGES))
+    if images is None:
+        images = _DENSE_IMAGES if task.dense else _IMAGES
+    chosen = some_of(build_source(spec).train, images)
     shown = torch.from_numpy(load_images(chosen, Normalization(student.mean, student.std)))
     anatomy = survey(student.network, shown[:1], spec.stages, len(student.classes), dense=task.dense)[0]
     return activation_ranges(student.network, shown, anatomy, task)
